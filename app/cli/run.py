@@ -1,0 +1,173 @@
+"""`make run`: everything on one machine, without root, to try it out.
+
+Starts API, worker and service as three processes, as on a real host. This file starts programs, which elsewhere only the
+worker may: they are this very command, and nothing of a request reaches them.
+"""
+
+import asyncio
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from app.addresses import DomainName
+from app.cli.db import NotOurs, upgrade_database
+from app.config import ApiSettings
+from app.credentials.tokens import create_request_key, create_signing_key
+from app.db import Database, utc_now
+from app.models.domains import DomainKind
+from app.permissions import Role
+from app.services.changes import Actor, Change
+from app.services.domains import create_domain, list_domains
+from app.services.hosts import create_host, list_hosts
+from app.services.principals import create_principal, list_principals
+
+VAR = Path("var")
+ADMINISTRATOR = VAR / "first-administrator.env"
+DOMAIN = DomainName("cacert.org")
+HOST = "local"
+
+
+def run_all() -> int:
+    """Prepares what is missing, starts the processes, and waits for Ctrl-C. Returns the exit status."""
+    VAR.mkdir(mode=0o700, exist_ok=True)
+    settings = ApiSettings()
+    url = f"http://127.0.0.1:{settings.port}"
+    environment = {
+        "PYTHONUNBUFFERED": "1",
+        "MAIL_HOST": HOST,
+        "HOST_ROOT": str((VAR / "host").resolve()),
+        "LOCK_FILE": str((VAR / "worker.lock").resolve()),
+        "LOG_LEVEL": "warning",
+        **os.environ,
+        "ISSUER": os.environ.get("ISSUER", url),
+        "DATABASE_URL": settings.database_url.get_secret_value(),
+    }
+    if (taken := _port_taken(settings.port)) is not None:
+        print(f"Port {settings.port} on 127.0.0.1 is taken: {taken}. Choose another one: make run PORT=8826", file=sys.stderr)
+        return 1
+    (VAR / "host").mkdir(mode=0o755, exist_ok=True)
+    try:
+        fresh = asyncio.run(_prepare(settings))
+    except NotOurs as error:
+        print(error, file=sys.stderr)
+        return 1
+    processes = [_start(name, environment) for name in ("api", "worker", "service")]
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if not _answers(url, processes):
+            print("The API did not start; what it said stands above.", file=sys.stderr)
+            return 1
+        _explain(url, fresh)
+        while all(process.poll() is None for process in processes):
+            time.sleep(0.2)
+        print("One of the processes ended by itself; what it said stands above. Stopping the others.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _stop(processes)
+        print("Stopped.", flush=True)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _port_taken(port: int) -> str | None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            return error.strerror
+    return None
+
+
+async def _prepare(settings: ApiSettings) -> tuple[str, str] | None:
+    """Schema, keys, domain, host and a first administrator, each only if it is missing."""
+    if not settings.key_directory.is_dir() or not any(settings.key_directory.glob("*.pem")):
+        create_signing_key(settings.key_directory)
+    create_request_key(settings.key_directory)
+    database = Database(settings.database_url.get_secret_value(), ca_file=settings.database_ca_file)
+    try:
+        await upgrade_database(database)
+        async with database.write.begin() as connection:
+            change = Change(connection, Actor("cacert-mail", "", "make-run"), utc_now())
+            if not await list_domains(connection, kind=DomainKind.PRIMARY, limit=1):
+                await create_domain(change, DOMAIN, DomainKind.PRIMARY)
+            if not await list_hosts(connection, limit=1):
+                await create_host(change, HOST)
+            if await list_principals(connection):
+                return None
+            client_id, secret = await create_principal(change, "First administrator", Role.PRIMARY)
+            # Before the commit: an administrator whose secret was never written down is of no use.
+            _keep(client_id, secret)
+            return client_id, secret
+    finally:
+        await database.close()
+
+
+def _keep(client_id: str, secret: str) -> None:
+    ADMINISTRATOR.unlink(missing_ok=True)
+    handle = os.open(ADMINISTRATOR, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(f"CLIENT_ID={client_id}\nCLIENT_SECRET={secret}\n")
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: nothing is left over when this process is killed
+
+
+def _start(name: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "app.cli.main", name],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the others in order
+        preexec_fn=_die_with_parent,
+    )
+
+
+def _answers(url: str, processes: list[subprocess.Popen[bytes]]) -> bool:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+        try:
+            with urllib.request.urlopen(f"{url}/readyz", timeout=2):
+                return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.05)
+    return False
+
+
+def _explain(url: str, fresh: tuple[str, str] | None) -> None:
+    credentials = '-u "$CLIENT_ID:$CLIENT_SECRET"'
+    body = '{"address": "alice@cacert.org", "display_name": "Alice", "password": "seven green lanterns over the harbour"}'
+    if fresh:
+        print(f"\nThe first administrator (kept in {ADMINISTRATOR}, shown only now):")
+        print(f"  CLIENT_ID={fresh[0]}\n  CLIENT_SECRET={fresh[1]}")
+    print(f"\nThe docs page:  {url}/docs\n\nPaste into another terminal, in this directory:\n")
+    print(f"  . {ADMINISTRATOR}")
+    print(
+        f"  curl -s {credentials} -H 'Prefer: wait=10' -H 'Content-Type: application/json' {url}/v1/users -d '{body}'"
+    )
+    print(f"  curl -s {credentials} {url}/v1/users/alice@cacert.org")
+    print(f"\nIts Maildir then lies in {VAR / 'host' / 'home' / 'alice' / 'Maildir'}. Ctrl-C stops everything.", flush=True)
+
+
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    for process in processes:
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,73 @@
+"""Settings, one class per process, read from the environment when the process starts; nothing is read at import.
+
+SECURITY: loaded by the worker (root). Reads the environment only: no `.env` file of the current directory.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What every process needs."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True)
+
+    database_url: SecretStr = SecretStr("sqlite+aiosqlite:///var/cacert-mail.db")
+    """`sqlite+aiosqlite:///FILE` or `mysql+asyncmy://user:password@host/cacertusers`. Each process has a user of its own."""
+    database_ca_file: Path | None = None
+    """CA certificate that the database server must show. Without it a connection over TCP is not verified."""
+    log_format: Annotated[str, Field(pattern="^(console|json)$")] = "console"
+    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
+    wake_directory: Path = Path("var/run")
+    """Where the wake-up sockets lie. The poll behind them makes up for a missing one."""
+
+
+class ApiSettings(Settings):
+    listen_address: str = "127.0.0.1"
+    port: int = 8825
+    key_directory: Path = Path("var/keys")
+    """Signing keys and the request key, made by `cacert-mail keys create`."""
+    issuer: str = "http://127.0.0.1:8825"
+    """`iss` and `aud` of our tokens: the address under which clients know this service."""
+    password_min_length: Annotated[int, Field(ge=12, le=64)] = 15
+    retention_days: Annotated[int, Field(ge=0, le=3650)] = 30
+    """How long a deleted account can be restored."""
+    trusted_proxies: str = ""
+    """Addresses, comma-separated, of reverse proxies whose X-Forwarded-For and X-Forwarded-Proto count."""
+    database_pool: Annotated[int, Field(ge=1, le=500)] = 20
+
+
+class WorkerSettings(Settings):
+    mail_host: str = "local"
+    """The row of `hosts` that this machine is."""
+    host_root: Path = Path("/")
+    """Below it lies `home/`. Another directory than `/` is for trying things out without root."""
+    uid_first: Annotated[int, Field(ge=1000)] = 100_000
+    """A mailbox has the uid and gid `UID_FIRST + id`."""
+    uid_last: Annotated[int, Field(le=4_294_967_293)] = 2_000_000_000
+    lock_file: Path = Path("/run/cacert-mail/worker.lock")
+    postfix_config: Path | None = None
+    """Postfix's configuration directory. Unset: this host has no Postfix, and its proof reads `not configured`."""
+    postfix_recipients: str = "proxy:mysql:/etc/postfix/cacert-mail/recipients.cf"
+    """The very map that Postfix asks."""
+    dovecot_config: Path | None = None
+    """Dovecot's configuration file. Unset: this host has no Dovecot, and its proof reads `not configured`."""
+    poll_seconds: Annotated[float, Field(gt=0, le=60)] = 1
+    sweep_minutes: Annotated[float, Field(gt=0)] = 10
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 8
+    """Lanes that run side by side."""
+    durable: bool = True
+    """Whether homes are synced to disk. Off only for tests."""
+
+
+class ServiceSettings(Settings):
+    poll_seconds: Annotated[float, Field(gt=0, le=60)] = 1
+    keep_jobs_days: Annotated[int, Field(ge=1)] = 30
+
+
+def explain(error: ValidationError) -> str:
+    """One line for each setting that is wrong, without its value, which may be a secret."""
+    return "\n".join(f"{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors(include_input=False))

@@ -1,0 +1,146 @@
+"""Engines, the clock, and what a database error means.
+
+SECURITY: loaded by the worker (root). Opens connections to the one database named in the settings and to nothing else.
+
+Each process has two engines. The writing one opens real transactions: READ COMMITTED on MariaDB, BEGIN IMMEDIATE on SQLite
+(deferred, three processes lost 395 of 900 transactions). The reading one is in autocommit, which saves two round trips.
+"""
+
+import ssl
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+Clock = Callable[[], datetime]
+
+LOCK_WAIT_SECONDS = 1
+"""How long a statement waits for another's row on MariaDB. Transactions here are short, and retried whole."""
+
+SQLITE_BUSY_SECONDS = 5
+"""How long a transaction waits for the one writer that SQLite has."""
+
+_RETRY = {1205, 1213, 1020}
+"""MariaDB: lock wait timeout, deadlock (and Galera's certification conflict), record changed."""
+
+_LOST = {1040, 1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1184, 1203, 1226, 1927, 2002, 2003, 2006, 2013, 2014, 2055}
+"""MariaDB: too many connections, shutting down, aborted, killed, refused, gone."""
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Database:
+    """The two engines of one process. Close it, or its threads outlive the loop."""
+
+    def __init__(self, url: str, *, ca_file: Path | None = None, pool_size: int = 20) -> None:
+        self.url = make_url(url)
+        self.dialect = self.url.get_dialect().name
+        if self.dialect == "sqlite":
+            self.write = _sqlite(self.url, "BEGIN IMMEDIATE")
+            self.read = _sqlite(self.url, None)
+        elif self.dialect in ("mysql", "mariadb"):
+            self.write = _mariadb(self.url, ca_file, pool_size, isolation_level="READ COMMITTED")
+            self.read = _mariadb(
+                self.url,
+                ca_file,
+                pool_size,
+                isolation_level="AUTOCOMMIT",
+                skip_autocommit_rollback=True,
+            )
+        else:
+            raise ValueError(f"DATABASE_URL: {self.dialect} is not supported; use sqlite+aiosqlite or mysql+asyncmy")
+
+    async def close(self) -> None:
+        await self.read.dispose()
+        await self.write.dispose()
+
+
+def _mariadb(url: URL, ca_file: Path | None, pool_size: int, **options: Any) -> AsyncEngine:
+    connect: dict[str, Any] = {
+        "charset": "utf8mb4",
+        "connect_timeout": 5,
+        "init_command": (
+            f"SET time_zone = '+00:00', innodb_lock_wait_timeout = {LOCK_WAIT_SECONDS}, sql_mode = 'TRADITIONAL,NO_ENGINE_SUBSTITUTION'"
+        ),
+    }
+    if ca_file is not None:
+        # asyncmy verifies the server only when it is given a CA.
+        connect["ssl"] = ssl.create_default_context(cafile=str(ca_file))
+    return create_async_engine(
+        url, pool_size=pool_size, max_overflow=0, pool_timeout=10, connect_args=connect, hide_parameters=True, **options
+    )
+
+
+def _sqlite(url: URL, begin: str | None) -> AsyncEngine:
+    options: dict[str, Any] = {} if begin else {"skip_autocommit_rollback": True, "isolation_level": "AUTOCOMMIT"}
+    engine = create_async_engine(
+        url, pool_size=5, max_overflow=5, connect_args={"timeout": SQLITE_BUSY_SECONDS}, hide_parameters=True, **options
+    )
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def prepare(connection: Any, record: Any) -> None:
+        connection.isolation_level = None  # sqlite3 then begins nothing by itself; the listener below does
+        cursor = connection.cursor()
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    if begin:
+
+        @event.listens_for(engine.sync_engine, "begin")
+        def begin_immediate(connection: Any) -> None:
+            connection.exec_driver_sql(begin)
+
+    return engine
+
+
+def _mariadb_errno(error: DBAPIError) -> int | None:
+    args = getattr(error.orig, "args", ())
+    return args[0] if args and isinstance(args[0], int) else None
+
+
+def _sqlite_name(error: DBAPIError) -> str:
+    return getattr(error.orig, "sqlite_errorname", "") or ""
+
+
+def duplicate_of(error: IntegrityError) -> str | None:
+    """The unique column that was hit (`users.external_id`), `primary` for a primary key on MariaDB, else None.
+
+    The two databases name it differently: MariaDB the key (`uq_users_external_id`), SQLite the columns.
+    """
+    if _mariadb_errno(error) == 1062:
+        key = str(error.orig.args[1]).rpartition(" for key ")[2].strip("'") if error.orig else ""
+        return "primary" if key == "PRIMARY" else key.removeprefix("uq_")
+    if _sqlite_name(error) in ("SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY"):
+        columns = str(error.orig).rpartition(": ")[2].split(", ")
+        return "_".join([columns[0].replace(".", "_"), *(column.partition(".")[2] for column in columns[1:])])
+    return None
+
+
+def is_reference(error: IntegrityError) -> bool:
+    """A foreign key was violated: the row points nowhere, or is pointed at."""
+    return _mariadb_errno(error) in (1451, 1452) or _sqlite_name(error) == "SQLITE_CONSTRAINT_FOREIGNKEY"
+
+
+def is_busy(error: DBAPIError) -> bool:
+    """Another transaction was in the way; the whole of this one may be tried again."""
+    return _mariadb_errno(error) in _RETRY or _sqlite_name(error).startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
+
+
+def is_lock_timeout(error: DBAPIError) -> bool:
+    """Somebody holds the row, for longer than we wait (MariaDB only: SQLite has no rows to lock)."""
+    return _mariadb_errno(error) == 1205
+
+
+def is_lost(error: BaseException) -> bool:
+    """The database is away, or this connection to it is."""
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated or _mariadb_errno(error) in _LOST
+    return isinstance(error, OSError | TimeoutError)

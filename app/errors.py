@@ -1,0 +1,123 @@
+"""What can go wrong, in the words of the domain and without HTTP.
+
+`web/problems.py` alone knows which status each one has.
+
+    CacertMailError
+    ├── Refused                 the request cannot be right, whatever the state
+    │   ├── BadAddress          an address, local part, domain or selector
+    │   ├── BadPassword         a password or a ready-made hash
+    │   ├── BadField            any other field, named
+    │   └── Unchangeable        a field that never changes; says what to do instead
+    ├── NotFound                nothing by that name or id
+    ├── Conflict                right in itself, but not in the present state
+    │   ├── AddressReserved     kept for the mail system (RFC 2142, system users)
+    │   ├── AddressRetired      belongs to a deleted account
+    │   ├── UserExists          the address, or the external_id, has an account
+    │   ├── UserNotDeleted      only a deleted account can be restored or purged
+    │   ├── UserDeleted         a deleted account cannot be changed
+    │   ├── UserPurged          nothing is left to restore
+    │   ├── DomainExists, DomainInUse, PrimaryDomainFixed, HostExists, HostInUse
+    │   ├── HostNotChosen       several hosts, or none: the request must name one
+    │   ├── JobNotDead          only a dead job can be tried again
+    │   ├── VersionConflict     somebody changed it first (If-Match)
+    │   ├── KeyInUse            the same Idempotency-Key is at work right now
+    │   └── KeyReused           the same Idempotency-Key, another request
+    ├── Unauthenticated         no credentials, or wrong ones
+    ├── Forbidden               the caller lacks a permission
+    └── Unavailable             the database is away or too busy; try again
+"""
+
+from typing import Any
+
+
+class CacertMailError(Exception):
+    """The root. `detail` is a sentence for people; `members` go into the problem answer."""
+
+    def __init__(self, detail: str, **members: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.members = members
+
+
+class Refused(CacertMailError):
+    """`field` is the JSON member of the request that is at fault, if one is."""
+
+    def __init__(self, detail: str, field: str | None = None, **members: Any) -> None:
+        super().__init__(detail, **members)
+        self.field = field
+
+
+class BadAddress(Refused, ValueError):
+    """A ValueError too, so that pydantic turns it into a field error."""
+
+
+class BadPassword(Refused): ...
+
+
+class BadField(Refused): ...
+
+
+class Unchangeable(Refused): ...
+
+
+class NotFound(CacertMailError): ...
+
+
+class Conflict(CacertMailError): ...
+
+
+class AddressReserved(Conflict): ...
+
+
+class AddressRetired(Conflict): ...
+
+
+class UserExists(Conflict): ...
+
+
+class UserNotDeleted(Conflict): ...
+
+
+class UserDeleted(Conflict): ...
+
+
+class UserPurged(Conflict): ...
+
+
+class DomainExists(Conflict): ...
+
+
+class DomainInUse(Conflict): ...
+
+
+class PrimaryDomainFixed(Conflict): ...
+
+
+class HostExists(Conflict): ...
+
+
+class HostInUse(Conflict): ...
+
+
+class HostNotChosen(Conflict): ...
+
+
+class JobNotDead(Conflict): ...
+
+
+class VersionConflict(Conflict): ...
+
+
+class KeyInUse(Conflict): ...
+
+
+class KeyReused(Conflict): ...
+
+
+class Unauthenticated(CacertMailError): ...
+
+
+class Forbidden(CacertMailError): ...
+
+
+class Unavailable(CacertMailError): ...

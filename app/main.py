@@ -1,0 +1,153 @@
+"""create_app(): the only place where the API is wired."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from app.config import ApiSettings
+from app.credentials.tokens import load_keys, load_request_key
+from app.db import Clock, Database, utc_now
+from app.routers import addresses, domains, health, hosts, jobs, me, problems, tokens, users
+from app.web import docs
+from app.web.authentication import Authenticator
+from app.web.dependencies import Service
+from app.web.middleware import RequestEnvelope
+from app.web.problems import install
+from app.web.waiting import JobWaiter
+
+DESCRIPTION = """Provisions mail accounts on Postfix and Dovecot, and proves that each one works.
+
+**Sign in** with *Authorize*: client id and secret, either way. Every change answers with the resource, its `version` and
+whether the host is `ready` for it; send `Prefer: wait=10` to get the answer when it is. Errors are problems (RFC 9457)
+whose `type` is a page that says what to do."""
+
+_TAGS = [
+    {"name": "Users", "description": "Accounts with a mailbox."},
+    {"name": "Addresses", "description": "Free, or why not."},
+    {"name": "Jobs", "description": "What the hosts were asked to look at."},
+    {"name": "Domains", "description": "One primary, any number of virtual and relay ones."},
+    {"name": "Hosts", "description": "Where mailboxes lie."},
+    {"name": "Me", "description": "Who am I."},
+    {"name": "Tokens", "description": "OAuth 2.0 client credentials."},
+    {"name": "Health", "description": "For supervisors."},
+    {"name": "Problems", "description": "What errors mean."},
+]
+
+_SECURITY = {
+    "client_credentials": {
+        "type": "oauth2",
+        "flows": {"clientCredentials": {"tokenUrl": "/oauth/token", "scopes": {}}},
+    },
+    "basic": {"type": "http", "scheme": "basic", "description": "Client id and secret."},
+    "bearer": {"type": "http", "scheme": "bearer", "description": "A token from /oauth/token."},
+}
+
+_PROBLEM = {
+    "title": "Problem",
+    "type": "object",
+    "description": "RFC 9457.",
+    "required": ["type", "title", "status", "detail", "request_id"],
+    "properties": {
+        "type": {"type": "string", "description": "A page of ours that says what to do."},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "remedy": {"type": "string"},
+        "request_id": {"type": "string"},
+        "errors": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "pointer": {"type": "string"},
+                    "parameter": {"type": "string"},
+                    "detail": {"type": "string"},
+                },
+            },
+        },
+    },
+}
+
+
+def create_app(settings: ApiSettings, *, clock: Clock = utc_now) -> FastAPI:
+    """The whole API. Raises KeysUnusable when there are no signing keys."""
+    keys = load_keys(settings.key_directory)
+    database = Database(
+        settings.database_url.get_secret_value(), ca_file=settings.database_ca_file, pool_size=settings.database_pool
+    )
+    service = Service(
+        settings=settings,
+        database=database,
+        authenticator=Authenticator(database, keys, issuer=settings.issuer, clock=clock),
+        waiter=JobWaiter(database),
+        request_key=load_request_key(settings.key_directory),
+        clock=clock,
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await service.waiter.close()
+        await database.close()
+
+    app = build_app(lifespan=lifespan)
+    app.state.service = service
+    return app
+
+
+def build_app(**options: Any) -> FastAPI:
+    """Routes, error handlers and documentation, without a database: enough for the OpenAPI document."""
+    app = FastAPI(
+        title="cacert-mail",
+        version="1",
+        description=DESCRIPTION,
+        openapi_tags=_TAGS,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        **options,
+    )
+    install(app)
+    for module in (users, addresses, jobs, domains, hosts, me, tokens, health, problems):
+        app.include_router(module.router)
+    app.openapi = lambda: openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
+    docs.install(app)
+    app.add_middleware(RequestEnvelope)
+    return app
+
+
+def openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
+        )
+        components = schema["components"]
+        components["securitySchemes"] = _SECURITY
+        components["schemas"]["Problem"] = _PROBLEM
+        for path in schema["paths"].values():
+            for operation in path.values():
+                _describe_errors(operation)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            components["schemas"].pop(unused, None)
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+def _describe_errors(operation: dict[str, Any]) -> None:
+    """The errors that every operation can have, and the permission that it needs, said where a reader looks."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    responses = operation["responses"]
+    if "422" in responses:
+        responses["422"] = {"description": "The request is not well formed; `errors` says where.", "content": content}
+    permission = operation.get("x-permission")
+    if permission is None:
+        return
+    responses["401"] = {"description": "No credentials, or wrong ones.", "content": content}
+    if permission != "any client":
+        responses["403"] = {"description": f"The client lacks `{permission}`.", "content": content}
+        operation["description"] = f"{operation.get('description', '')}\n\nNeeds `{permission}`.".strip()
+    responses["503"] = {"description": "The database is away. Nothing was changed.", "content": content}

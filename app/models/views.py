@@ -1,0 +1,55 @@
+"""Every view that Postfix, Dovecot and the worker read. One view a lookup, so that no configuration holds a join.
+
+SECURITY: loaded by the worker (root). `worker_users` is all that root sees of an account: no password hash.
+
+The mail programs see an account only while it stands (`applied.stands`: the home is in place) and its wanted state allows.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    name: str
+    query: str
+    """Runs on both databases. `{home}` and `{uid}` differ: SQLite has no JSON_VALUE, MariaDB's JSON_EXTRACT keeps quotes."""
+
+    def select(self, dialect: str) -> str:
+        if dialect == "sqlite":
+            result = {"uid": "json_extract(a.result, '$.uid')", "home": "json_extract(a.result, '$.home')"}
+        else:
+            result = {
+                "uid": "CAST(JSON_VALUE(a.result, '$.uid') AS UNSIGNED)",
+                "home": "JSON_VALUE(a.result, '$.home')",
+            }
+        return self.query.format_map(result)
+
+    def create(self, dialect: str) -> str:
+        return f"CREATE VIEW {self.name} AS {self.select(dialect)}"
+
+
+_STANDS = "JOIN applied a ON a.host = u.host AND a.kind = 'mailbox.sync' AND a.subject_id = u.id AND a.stands = 1"
+
+VIEWS = (
+    View(
+        "worker_users",
+        "SELECT u.id, u.address, u.local_part, d.name AS domain, d.kind AS domain_kind, u.host, u.state, u.version,"
+        " u.quota_bytes, u.access_ended_at, u.deleted_at, u.purged_at"
+        " FROM users u JOIN domains d ON d.id = u.domain_id",
+    ),
+    View("postfix_virtual_domains", "SELECT name FROM domains WHERE kind = 'virtual'"),
+    View(
+        "postfix_recipients",
+        f"SELECT u.address, u.host FROM users u {_STANDS} WHERE u.state IN ('active', 'suspended')",
+    ),
+    View(
+        "dovecot_users",
+        "SELECT u.address, u.host, {uid} AS uid, {uid} AS gid, {home} AS home, u.quota_bytes"
+        f" FROM users u {_STANDS} WHERE u.state IN ('active', 'suspended')",
+    ),
+    View(
+        "dovecot_passwords",
+        "SELECT u.address, u.host, u.password_hash AS password"
+        f" FROM users u {_STANDS} WHERE u.state = 'active' AND u.password_hash IS NOT NULL",
+    ),
+)

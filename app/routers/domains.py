@@ -1,0 +1,102 @@
+"""/v1/domains."""
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import Row
+from starlette.responses import Response
+
+from app.addresses import DomainName
+from app.models.domains import DomainKind
+from app.routers.shapes import (
+    CONFLICT,
+    NOT_FOUND,
+    NOT_MODIFIED,
+    CanReadDomains,
+    CanWriteDomains,
+    IdempotencyKey,
+    IfNoneMatch,
+)
+from app.services import domains as service
+from app.web.answers import answer
+from app.web.conditional import etag
+from app.web.dependencies import Call, Route
+from app.web.paging import Limit, NumberCursor, page_response
+
+router = APIRouter(prefix="/v1/domains", tags=["Domains"], route_class=Route)
+
+Name = Annotated[DomainName, Path(description="The domain.")]
+
+
+class DomainBody(BaseModel):
+    id: int
+    name: str
+    kind: DomainKind
+    version: int
+    created_at: datetime
+    updated_at: datetime
+
+    @staticmethod
+    def of(row: Row[Any]) -> "DomainBody":
+        return DomainBody.model_construct(
+            id=row.id,
+            name=row.name,
+            kind=DomainKind(row.kind),
+            version=row.version,
+            created_at=row.created_at,
+            updated_at=row.updated_at,
+        )
+
+
+class DomainList(BaseModel):
+    items: list[DomainBody]
+    next_cursor: str | None
+
+
+class NewDomainBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"name": "example.org", "kind": "virtual"}]})
+
+    name: DomainName
+    kind: DomainKind = DomainKind.VIRTUAL
+
+
+async def _answer(call: Call, name: str | int, *, created: bool = False) -> Response:
+    row = await call.read(service.get_domain, name)
+    location = f"/v1/domains/{row.name}" if created else None
+    return answer(
+        call, DomainBody.of(row), status=201 if created else 200, tag=etag(row.version, None), location=location
+    )
+
+
+@router.post("", status_code=201, response_model=DomainBody, summary="Add a domain", responses=CONFLICT)
+async def create_domain(body: NewDomainBody, call: CanWriteDomains, idempotency_key: IdempotencyKey = None) -> Response:
+    """`virtual`: accounts here. `relay`: passed on to another host. `primary`: there is exactly one, made first."""
+    domain_id = await call.write(service.create_domain, body.name, body.kind)
+    return await _answer(call, domain_id, created=True)
+
+
+@router.get("", response_model=DomainList, summary="List domains")
+async def list_domains(
+    call: CanReadDomains,
+    kind: Annotated[DomainKind | None, Query(description="Only of this kind.")] = None,
+    limit: Limit = 50,
+    cursor: NumberCursor = None,
+) -> Response:
+    rows = await call.read(service.list_domains, kind=kind, after=int(cursor) if cursor else None, limit=limit)
+    return page_response(call.request, [DomainBody.of(row) for row in rows], rows[-1].id if rows else None, limit)
+
+
+@router.get("/{domain}", response_model=DomainBody, summary="Read a domain", responses={**NOT_FOUND, **NOT_MODIFIED})
+async def get_domain(domain: Name, call: CanReadDomains, if_none_match: IfNoneMatch = None) -> Response:
+    return await _answer(call, domain)
+
+
+@router.delete(
+    "/{domain}", status_code=204, summary="Remove a domain that never had an account", responses={**NOT_FOUND, **CONFLICT}
+)
+async def delete_domain(domain: Name, call: CanWriteDomains) -> Response:
+    """Not the primary one, and none that has or had accounts: their rows are kept."""
+    await call.write(service.delete_domain, domain)
+    return Response(status_code=204)

@@ -1,0 +1,88 @@
+"""/v1/jobs: what the workers were asked to look at."""
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query
+from pydantic import BaseModel
+from sqlalchemy import Row
+from starlette.responses import Response
+
+from app.models.jobs import JobState
+from app.queue.contracts import JobKind
+from app.routers.shapes import CONFLICT, NOT_FOUND, CanReadJobs, CanRetryJobs, IdempotencyKey
+from app.services import jobs as service
+from app.web.answers import answer
+from app.web.dependencies import Call, Route
+from app.web.paging import Limit, NumberCursor, page_response
+
+router = APIRouter(prefix="/v1/jobs", tags=["Jobs"], route_class=Route)
+
+JobId = Annotated[int, Path(ge=1, le=2**62, description="The job's id.")]
+
+
+class JobDetail(BaseModel):
+    id: int
+    host: str
+    kind: str
+    subject_id: int
+    version: int
+    state: JobState
+    attempts: int
+    error: str | None
+    request_id: str
+    run_at: datetime
+    created_at: datetime
+    finished_at: datetime | None
+
+    @staticmethod
+    def of(row: Row[Any]) -> "JobDetail":
+        values = {name: getattr(row, name) for name in JobDetail.model_fields}
+        return JobDetail.model_construct(**{**values, "state": JobState(row.state)})
+
+
+class JobList(BaseModel):
+    items: list[JobDetail]
+    next_cursor: str | None
+
+
+async def _answer(call: Call, job_id: int, *, created: bool = False) -> Response:
+    row = await call.read(service.get_job, job_id)
+    location = f"/v1/jobs/{job_id}" if created else None
+    return answer(call, JobDetail.of(row), status=202 if created else 200, location=location)
+
+
+@router.get("", response_model=JobList, summary="List jobs")
+async def list_jobs(
+    call: CanReadJobs,
+    state: Annotated[JobState | None, Query(description="`dead`: those that need somebody.")] = None,
+    kind: JobKind | None = None,
+    host: Annotated[str | None, Query(max_length=64)] = None,
+    subject_id: Annotated[int | None, Query(ge=1, le=2**62, description="The account's id.")] = None,
+    limit: Limit = 50,
+    cursor: NumberCursor = None,
+) -> Response:
+    """Newest first."""
+    after = int(cursor) if cursor else None
+    rows = await call.read(
+        service.list_jobs, state=state, kind=kind, host=host, subject_id=subject_id, after=after, limit=limit
+    )
+    return page_response(call.request, [JobDetail.of(row) for row in rows], rows[-1].id if rows else None, limit)
+
+
+@router.get("/{job}", response_model=JobDetail, summary="Read a job", responses=NOT_FOUND)
+async def get_job(job: JobId, call: CanReadJobs) -> Response:
+    return await _answer(call, job)
+
+
+@router.post(
+    "/{job}/retry",
+    status_code=202,
+    response_model=JobDetail,
+    summary="Try a dead job again",
+    responses={**NOT_FOUND, **CONFLICT},
+)
+async def retry_job(job: JobId, call: CanRetryJobs, idempotency_key: IdempotencyKey = None) -> Response:
+    """Makes a new job about the same account as it is now. The answer is the new job."""
+    new_id = await call.write(service.retry_job, job)
+    return await _answer(call, new_id, created=True)

@@ -1,0 +1,52 @@
+"""What several routers say about themselves in the OpenAPI document."""
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Header, Path
+from pydantic import AfterValidator, StringConstraints
+
+from app.addresses import MailAddress
+from app.permissions import Permission
+from app.web.dependencies import Call, Needs
+
+
+def problem(description: str) -> dict[str, Any]:
+    return {"description": description, "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
+
+
+NOT_FOUND: dict[int | str, dict[str, Any]] = {404: problem("There is no such thing.")}
+CONFLICT: dict[int | str, dict[str, Any]] = {409: problem("Right in itself, but not in the present state.")}
+CHANGED: dict[int | str, dict[str, Any]] = {412: problem("If-Match: somebody changed it first.")}
+NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "If-None-Match: nothing changed."}}
+
+AnyCall = Annotated[Call, Depends(Needs(None))]
+CanReadUsers = Annotated[Call, Depends(Needs(Permission.USERS_READ))]
+CanWriteUsers = Annotated[Call, Depends(Needs(Permission.USERS_WRITE))]
+CanPurgeUsers = Annotated[Call, Depends(Needs(Permission.USERS_PURGE))]
+CanReadDomains = Annotated[Call, Depends(Needs(Permission.DOMAINS_READ))]
+CanWriteDomains = Annotated[Call, Depends(Needs(Permission.DOMAINS_WRITE))]
+CanReadHosts = Annotated[Call, Depends(Needs(Permission.HOSTS_READ))]
+CanWriteHosts = Annotated[Call, Depends(Needs(Permission.HOSTS_WRITE))]
+CanReadAddresses = Annotated[Call, Depends(Needs(Permission.ADDRESSES_READ))]
+CanReadJobs = Annotated[Call, Depends(Needs(Permission.JOBS_READ))]
+CanRetryJobs = Annotated[Call, Depends(Needs(Permission.JOBS_RETRY))]
+
+Prefer = Annotated[str | None, Header(description="`wait=N`: answer when the host is ready, at most after N seconds (30).")]
+IdempotencyKey = Annotated[str | None, Header(description="Up to 128 visible characters: sent again, it does nothing twice.")]
+IfMatch = Annotated[str | None, Header(description="The ETag of what you read: refused with 412 if it changed since.")]
+IfNoneMatch = Annotated[str | None, Header(description="The ETag that you have: 304 if it is still so.")]
+
+
+def parse_key(text: str) -> MailAddress | int:
+    """An address, or the number that is its account's id."""
+    if text.isdigit() and text.isascii() and len(text) <= 18:
+        return int(text)
+    return MailAddress(text)
+
+
+UserKey = Annotated[
+    str,
+    StringConstraints(max_length=254),
+    AfterValidator(parse_key),
+    Path(description="Address or id. A deleted account: the id."),
+]

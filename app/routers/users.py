@@ -1,0 +1,343 @@
+"""/v1/users: accounts with a mailbox."""
+
+import re
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic_core import PydanticCustomError
+from starlette.responses import Response
+
+from app.addresses import DomainName, MailAddress, OutsideAddress
+from app.credentials.passwords import check_hash, check_password, hash_password
+from app.errors import UserExists
+from app.models.users import UserState
+from app.permissions import Permission
+from app.routers.shapes import (
+    CHANGED,
+    CONFLICT,
+    NOT_FOUND,
+    NOT_MODIFIED,
+    CanPurgeUsers,
+    CanReadUsers,
+    CanWriteUsers,
+    IdempotencyKey,
+    IfMatch,
+    IfNoneMatch,
+    Prefer,
+    UserKey,
+)
+from app.services import users as service
+from app.services.users import NewUser, UserFilter, UserRecord
+from app.web.answers import JobBody, answer, settled
+from app.web.conditional import etag, expected_version
+from app.web.dependencies import Call, Route
+from app.web.paging import Limit, NumberCursor, page_response
+
+router = APIRouter(prefix="/v1/users", tags=["Users"], route_class=Route)
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def _plain(text: str | None) -> str | None:
+    if text is not None and _CONTROL.search(text):
+        raise ValueError("No control characters, line breaks or text direction marks here.")
+    return text
+
+
+DisplayName = Annotated[str, Field(max_length=200), AfterValidator(_plain)]
+ExternalId = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_plain)]
+Reason = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_plain)]
+Quota = Annotated[int, Field(ge=1024 * 1024, le=2**50, description="Bytes; null: no limit.")]
+
+
+class ProofBody(BaseModel):
+    """What the real program answered."""
+
+    result: Literal["ok", "failed", "not configured"]
+    detail: str | None = None
+
+
+class UserBody(BaseModel):
+    """An account as it should be, and how far the host has got."""
+
+    id: int
+    address: str
+    display_name: str
+    contact_address: str | None
+    external_id: str | None
+    quota_bytes: int | None
+    state: UserState
+    suspended_reason: str | None
+    has_password: bool = Field(description="Without one, no login works.")
+    host: str
+    uid: int | None = Field(description="Of the mailbox's files; null until the host has made it.")
+    home: str | None = Field(description="Where the mailbox lies on the host; null until it is made.")
+    version: int = Field(description="Raised by every change.")
+    ready: bool = Field(description="The host reflects this version, and every proof holds.")
+    proofs: dict[str, ProofBody] = Field(description="By name: maildir, postfix, dovecot, sessions.")
+    job: JobBody | None
+    created_at: datetime
+    updated_at: datetime
+    deleted_at: datetime | None
+    purge_at: datetime | None = Field(description="When the archived mail and the personal data go for good.")
+    purged_at: datetime | None
+
+    @staticmethod
+    def of(record: UserRecord) -> "UserBody":
+        row = record.row
+        result = row.result or {}
+        return UserBody.model_construct(
+            id=row.id,
+            address=row.address,
+            display_name=row.display_name,
+            contact_address=row.contact_address,
+            external_id=row.external_id,
+            quota_bytes=row.quota_bytes,
+            state=UserState(row.state),
+            suspended_reason=row.suspended_reason,
+            has_password=bool(row.has_password),
+            host=row.host,
+            uid=result.get("uid"),
+            home=result.get("home"),
+            version=row.version,
+            ready=record.ready,
+            proofs={name: ProofBody.model_construct(**proof) for name, proof in (row.proofs or {}).items()},
+            job=JobBody.of(record.job) if record.job else None,
+            created_at=row.created_at,
+            updated_at=row.updated_at,
+            deleted_at=row.deleted_at,
+            purge_at=row.purge_at,
+            purged_at=row.purged_at,
+        )
+
+
+class UserList(BaseModel):
+    items: list[UserBody]
+    next_cursor: str | None
+
+
+class NewUserBody(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        hide_input_in_errors=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "address": "alice@cacert.org",
+                    "display_name": "Alice Example",
+                    "contact_address": "alice@example.net",
+                    "password": "seven green lanterns over the harbour",
+                }
+            ]
+        },
+    )
+
+    address: MailAddress
+    display_name: DisplayName = ""
+    contact_address: OutsideAddress | None = Field(None, description="Where password resets go; never the mailbox itself.")
+    external_id: ExternalId | None = Field(None, description="Your own key for this person; unique.")
+    quota_bytes: Quota | None = None
+    host: str | None = Field(None, max_length=64, description="The mail host; may be left out while there is only one.")
+    password: SecretStr | None = Field(None, max_length=256, description="Or `password_hash`; or neither: no login works.")
+    password_hash: SecretStr | None = Field(None, max_length=500, description="A ready-made Dovecot hash, `{SCHEME}…`.")
+    reuse_address: bool = Field(False, description="Take the address of a deleted account, on purpose.")
+
+    @model_validator(mode="after")
+    def one_password(self) -> "NewUserBody":
+        if self.password is not None and self.password_hash is not None:
+            raise PydanticCustomError("two_passwords", "Send password or password_hash, not both.")
+        return self
+
+
+_INSTEAD = {
+    "address": "An address never changes. Create an account with the new one; an alias can lead the old one there.",
+    "host": "An account does not move between hosts.",
+    "password": "A password is not changed here.",
+    "password_hash": "A password is not changed here.",
+}
+
+
+class ChangedUserBody(BaseModel):
+    """Only what is sent is changed."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        hide_input_in_errors=True,
+        json_schema_extra={"examples": [{"state": "suspended", "suspended_reason": "Asked for it on 2026-11-23"}]},
+    )
+
+    display_name: DisplayName | None = None
+    contact_address: OutsideAddress | None = None
+    external_id: ExternalId | None = None
+    quota_bytes: Quota | None = None
+    state: UserState | None = Field(None, description="`suspended` ends every session; `active` resumes.")
+    suspended_reason: Reason | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def say_what_to_do_instead(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name in _INSTEAD.keys() & data.keys():
+                raise PydanticCustomError("unchangeable", "{instead}", {"instead": _INSTEAD[name]})
+            if data.get("state") == UserState.DELETED:
+                raise PydanticCustomError("unchangeable", "Send DELETE to delete an account.")
+            for name in ("display_name", "state"):
+                if name in data and data[name] is None:
+                    raise PydanticCustomError("not_null", "{name} cannot be null.", {"name": name})
+        return data
+
+
+async def _answer(call: Call, key: MailAddress | int, *, created: bool = False) -> Response:
+    async def read() -> UserRecord:
+        return await call.read(service.get_user, key)
+
+    record, waited = await settled(call, read)
+    reading = call.request.method == "GET"
+    return answer(
+        call,
+        UserBody.of(record),
+        status=200 if reading or (record.ready and not created) else 201 if record.ready else 202,
+        tag=etag(record.row.version, record.row.revision),
+        job=record.job,
+        location=f"/v1/users/{record.row.id}" if created else None,
+        waited=waited,
+    )
+
+
+async def _hashed(call: Call, body: NewUserBody) -> str | None:
+    """Before the transaction: the hash is slow on purpose."""
+    if body.password_hash is not None:
+        return check_hash(body.password_hash.get_secret_value())
+    if body.password is None:
+        return None
+    password = body.password.get_secret_value()
+    minimum = call.service.settings.password_min_length
+    check_password(password, address=body.address, display_name=body.display_name, minimum=minimum)
+    return await hash_password(password)
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=UserBody,
+    summary="Create an account",
+    responses={202: {"model": UserBody, "description": "Accepted; the host is not ready yet."}, **CONFLICT},
+)
+async def create_user(
+    body: NewUserBody, call: CanWriteUsers, prefer: Prefer = None, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Claims the address and has the host make the mailbox. With `Prefer: wait=10` the answer comes when it is ready."""
+    new = NewUser(
+        address=body.address,
+        display_name=body.display_name,
+        contact_address=body.contact_address,
+        external_id=body.external_id,
+        quota_bytes=body.quota_bytes,
+        host=body.host,
+        password_hash=await _hashed(call, body),
+        reuse_address=body.reuse_address,
+    )
+    try:
+        user_id = await call.write(service.create_user, new)
+    except UserExists as error:
+        if not call.may(Permission.USERS_READ):
+            error.members.clear()
+        raise
+    return await _answer(call, user_id, created=True)
+
+
+@router.get("", response_model=UserList, summary="List accounts")
+async def list_users(
+    call: CanReadUsers,
+    domain: Annotated[DomainName | None, Query(description="Only of this domain.")] = None,
+    state: Annotated[UserState | None, Query(description="Without it: all but the deleted ones.")] = None,
+    ready: Annotated[bool | None, Query(description="Whether the host reflects the wanted version.")] = None,
+    q: Annotated[str | None, Query(max_length=100, description="Part of the address or the display name.")] = None,
+    external_id: Annotated[str | None, Query(max_length=128)] = None,
+    address: Annotated[MailAddress | None, Query(description="Exactly this one; finds deleted ones with state=deleted.")] = None,
+    limit: Limit = 50,
+    cursor: NumberCursor = None,
+) -> Response:
+    """In the order in which they were made."""
+    wanted = UserFilter(domain=domain, state=state, ready=ready, q=q, external_id=external_id, address=address)
+    records = await call.read(service.list_users, wanted, after=int(cursor) if cursor else None, limit=limit)
+    last = records[-1].row.id if records else None
+    return page_response(call.request, [UserBody.of(record) for record in records], last, limit)
+
+
+@router.get("/{user}", response_model=UserBody, summary="Read an account", responses={**NOT_FOUND, **NOT_MODIFIED})
+async def get_user(
+    user: UserKey, call: CanReadUsers, prefer: Prefer = None, if_none_match: IfNoneMatch = None
+) -> Response:
+    """As it should be, whether the host reflects it, and the proofs."""
+    return await _answer(call, user)  # type: ignore[arg-type]  # parsed by UserKey
+
+
+@router.patch(
+    "/{user}",
+    response_model=UserBody,
+    summary="Change, suspend or resume an account",
+    responses={202: {"model": UserBody, "description": "Accepted; the host is not ready yet."}, **NOT_FOUND, **CONFLICT, **CHANGED},
+)
+async def change_user(
+    user: UserKey, body: ChangedUserBody, call: CanWriteUsers, prefer: Prefer = None, if_match: IfMatch = None
+) -> Response:
+    """Suspending ends every session and every login at once; mail still arrives."""
+    user_id = await call.read(service.find_user_id, user)  # type: ignore[arg-type]  # parsed by UserKey
+    wanted = body.model_dump(include=body.model_fields_set)
+    await call.write(service.change_user, user_id, wanted, expected_version=expected_version(call.request))
+    return await _answer(call, user_id)
+
+
+@router.delete(
+    "/{user}",
+    response_model=UserBody,
+    summary="Delete an account",
+    responses={202: {"model": UserBody, "description": "Accepted; the host is not ready yet."}, **NOT_FOUND, **CHANGED},
+)
+async def delete_user(user: UserKey, call: CanWriteUsers, prefer: Prefer = None, if_match: IfMatch = None) -> Response:
+    """Ends every session, bounces further mail, archives the mailbox. It can be restored until `purge_at`."""
+    user_id = await call.read(service.find_user_id, user)  # type: ignore[arg-type]  # parsed by UserKey
+    version = expected_version(call.request)
+    await call.write(service.delete_user, user_id, retention=call.service.retention, expected_version=version)
+    return await _answer(call, user_id)
+
+
+@router.post(
+    "/{user}/restore",
+    response_model=UserBody,
+    summary="Restore a deleted account",
+    responses={202: {"model": UserBody, "description": "Accepted; the host is not ready yet."}, **NOT_FOUND, **CONFLICT, **CHANGED},
+)
+async def restore_user(
+    user: UserKey,
+    call: CanWriteUsers,
+    prefer: Prefer = None,
+    idempotency_key: IdempotencyKey = None,
+    if_match: IfMatch = None,
+) -> Response:
+    """Brings back the address, the password and the old mail, unless the address was given to someone else."""
+    user_id = await call.read(service.find_user_id, user)  # type: ignore[arg-type]  # parsed by UserKey
+    await call.write(service.restore_user, user_id, expected_version=expected_version(call.request))
+    return await _answer(call, user_id)
+
+
+@router.post(
+    "/{user}/purge",
+    response_model=UserBody,
+    summary="Purge a deleted account for good",
+    responses={202: {"model": UserBody, "description": "Accepted; the host is not ready yet."}, **NOT_FOUND, **CONFLICT, **CHANGED},
+)
+async def purge_user(
+    user: UserKey,
+    call: CanPurgeUsers,
+    prefer: Prefer = None,
+    idempotency_key: IdempotencyKey = None,
+    if_match: IfMatch = None,
+) -> Response:
+    """Removes the archived mail and the personal data of a deleted account. **Cannot be undone.**"""
+    user_id = await call.read(service.find_user_id, user)  # type: ignore[arg-type]  # parsed by UserKey
+    await call.write(service.purge_user, user_id, expected_version=expected_version(call.request))
+    return await _answer(call, user_id)

@@ -1,0 +1,75 @@
+"""Mail domains: exactly one `primary`, any number of `virtual` and `relay`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Row, delete, insert, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from app.addresses import DomainName
+from app.db import duplicate_of, is_reference
+from app.errors import DomainExists, DomainInUse, NotFound, PrimaryDomainFixed
+from app.models.domains import DomainKind, domains
+from app.services.audit_events import record_event
+from app.services.changes import Change
+
+_BY_NAME = select(domains)
+
+
+async def create_domain(change: Change, name: DomainName, kind: DomainKind) -> int:
+    values = {
+        "name": name,
+        "kind": kind.value,
+        "primary_slot": 1 if kind is DomainKind.PRIMARY else None,
+        "version": 1,
+        "created_at": change.now,
+        "updated_at": change.now,
+    }
+    try:
+        result = await change.connection.execute(insert(domains), values)
+    except IntegrityError as error:
+        match duplicate_of(error):
+            case "domains_name":
+                raise DomainExists(f"The domain {name} is there already.", domain=str(name)) from None
+            case "domains_primary_slot":
+                raise PrimaryDomainFixed("There is a primary domain already, and it never changes.") from None
+        raise
+    domain_id = int(result.inserted_primary_key[0])
+    await record_event(change, "domains.create", "domain", name, after={"name": name, "kind": kind.value})
+    return domain_id
+
+
+async def delete_domain(change: Change, name: DomainName) -> None:
+    """Only one that never had an account: rows of users stay for ever, and so does their domain."""
+    domain = await get_domain(change.connection, name)
+    if domain.kind == DomainKind.PRIMARY:
+        raise PrimaryDomainFixed(f"{name} is the primary domain. It cannot be deleted.")
+    try:
+        await change.connection.execute(delete(domains).where(domains.c.id == domain.id))
+    except IntegrityError as error:
+        if is_reference(error):
+            raise DomainInUse(
+                f"{name} has, or had, accounts. Their rows are kept so that no uid is given out twice, so the domain stays."
+            ) from None
+        raise
+    await record_event(change, "domains.delete", "domain", name, before={"name": name, "kind": domain.kind})
+
+
+async def get_domain(connection: AsyncConnection, name: str | int) -> Row[Any]:
+    column = domains.c.id if isinstance(name, int) else domains.c.name
+    row = (await connection.execute(_BY_NAME.where(column == name))).one_or_none()
+    if row is None:
+        raise NotFound(f"There is no domain {name} here. GET /v1/domains lists them; POST /v1/domains adds one.")
+    return row
+
+
+async def list_domains(
+    connection: AsyncConnection, *, kind: DomainKind | None = None, after: int | None = None, limit: int
+) -> Sequence[Row[Any]]:
+    query = select(domains).order_by(domains.c.id).limit(limit)
+    if kind is not None:
+        query = query.where(domains.c.kind == kind.value)
+    if after is not None:
+        query = query.where(domains.c.id > after)
+    return (await connection.execute(query)).all()

@@ -1,0 +1,56 @@
+"""Jobs, as callers see them: read, list, try a dead one again."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Row, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from app.errors import JobNotDead, NotFound
+from app.models.jobs import JobState, jobs
+from app.queue.contracts import JobKind
+from app.services.audit_events import record_event
+from app.services.changes import Change
+from app.services.users import resync_user
+
+
+async def get_job(connection: AsyncConnection, job_id: int) -> Row[Any]:
+    row = (await connection.execute(select(jobs).where(jobs.c.id == job_id))).one_or_none()
+    if row is None:
+        raise NotFound(f"There is no job {job_id}. Finished ones are kept for a while only.")
+    return row
+
+
+async def list_jobs(
+    connection: AsyncConnection,
+    *,
+    state: JobState | None = None,
+    kind: JobKind | None = None,
+    host: str | None = None,
+    subject_id: int | None = None,
+    after: int | None = None,
+    limit: int,
+) -> Sequence[Row[Any]]:
+    """Newest first."""
+    query = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
+    if state is not None:
+        query = query.where(jobs.c.state == state.value)
+    if kind is not None:
+        query = query.where(jobs.c.kind == kind.value)
+    if host is not None:
+        query = query.where(jobs.c.host == host)
+    if subject_id is not None:
+        query = query.where(jobs.c.subject_id == subject_id)
+    if after is not None:
+        query = query.where(jobs.c.id < after)
+    return (await connection.execute(query)).all()
+
+
+async def retry_job(change: Change, job_id: int) -> int:
+    """A new job about the same subject, as it is now. The dead one stays as it is, for whoever reads the history."""
+    job = await get_job(change.connection, job_id)
+    if job.state != JobState.DEAD:
+        raise JobNotDead(f"Job {job_id} is {job.state}. Only a dead job needs a retry; the others go on by themselves.")
+    new_id = await resync_user(change, job.subject_id)
+    await record_event(change, "jobs.retry", "job", job_id, after={"job": new_id})
+    return new_id

@@ -1,0 +1,396 @@
+"""Accounts: create, change, delete, restore, purge, find. Each change is one row, one audit event and one job.
+
+The job is always `mailbox.sync`, whatever happened: the worker reads the row and makes the host match.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+from sqlalchemy import ColumnElement, Row, String, and_, insert, not_, or_, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from app.addresses import MailAddress, OutsideAddress
+from app.db import duplicate_of
+from app.errors import (
+    BadField,
+    NotFound,
+    UserDeleted,
+    UserExists,
+    UserNotDeleted,
+    UserPurged,
+    VersionConflict,
+)
+from app.models.addresses import AddressKind, addresses
+from app.models.domains import DomainKind, domains
+from app.models.jobs import JobState, applied, jobs
+from app.models.users import UserState, users
+from app.queue.contracts import JobKind, mailbox_lane
+from app.queue.enqueue import enqueue
+from app.services.addresses import check_reserved, claim_address, reclaim_address, release_address
+from app.services.audit_events import record_event
+from app.services.changes import Change
+from app.services.hosts import choose_host
+
+KIND = JobKind.MAILBOX_SYNC.value
+
+_READABLE = [column for column in users.c if column.name != "password_hash"]
+
+_APPLIED = and_(applied.c.host == users.c.host, applied.c.kind == KIND, applied.c.subject_id == users.c.id)
+
+_USERS = select(
+    *_READABLE,
+    users.c.password_hash.is_not(None).label("has_password"),
+    applied.c.version.label("applied_version"),
+    applied.c.revision,
+    applied.c.proofs,
+    applied.c.result,
+)
+_BY_ID = _USERS.select_from(users.outerjoin(applied, _APPLIED))
+_BY_ADDRESS = _USERS.select_from(
+    addresses.join(users, users.c.id == addresses.c.subject_id).outerjoin(applied, _APPLIED)
+).where(addresses.c.kind == AddressKind.USER)
+
+
+@dataclass(frozen=True, slots=True)
+class NewUser:
+    """Everything that a caller may say about a new account. The password is a hash by now."""
+
+    address: MailAddress
+    display_name: str = ""
+    contact_address: OutsideAddress | None = None
+    external_id: str | None = None
+    quota_bytes: int | None = None
+    host: str | None = None
+    password_hash: str | None = None
+    reuse_address: bool = False
+
+
+class JobRow(NamedTuple):
+    """The latest job about a subject."""
+
+    id: int
+    state: str
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class UserRecord:
+    """A user as it should be and as it is, and the job in between while they differ."""
+
+    row: Row[Any]
+    ready: bool
+    job: JobRow | None
+
+
+@dataclass(frozen=True, slots=True)
+class UserFilter:
+    domain: str | None = None
+    state: UserState | None = None
+    """None leaves out the deleted ones."""
+    ready: bool | None = None
+    q: str | None = None
+    external_id: str | None = None
+    address: str | None = None
+
+
+async def create_user(change: Change, new: NewUser) -> int:
+    connection = change.connection
+    check_reserved(new.address)
+    domain = (
+        await connection.execute(select(domains.c.id, domains.c.kind).where(domains.c.name == new.address.domain))
+    ).one_or_none()
+    if domain is None:
+        raise BadField(f"{new.address.domain} is not a domain here: POST /v1/domains adds one.", field="address")
+    if domain.kind == DomainKind.RELAY:
+        raise BadField(f"{new.address.domain} is passed on to another host and has no mailboxes here.", field="address")
+    host = await choose_host(connection, new.host)
+    if new.contact_address is not None and new.contact_address.lower() == new.address:
+        raise BadField("The contact address cannot be the mailbox itself.", field="contact_address")
+    values = {
+        "address": new.address,
+        "local_part": new.address.local_part,
+        "domain_id": domain.id,
+        "host": host,
+        "display_name": new.display_name,
+        "contact_address": new.contact_address,
+        "external_id": new.external_id,
+        "quota_bytes": new.quota_bytes,
+        "state": UserState.ACTIVE.value,
+        "password_hash": new.password_hash,
+        "version": 1,
+        "created_at": change.now,
+        "updated_at": change.now,
+    }
+    try:
+        user_id = int((await connection.execute(insert(users), values)).inserted_primary_key[0])
+    except IntegrityError as error:
+        raise await _named(connection, error, new.external_id) from None
+    await claim_address(connection, new.address, AddressKind.USER, user_id, reuse=new.reuse_address)
+    await record_event(
+        change,
+        "users.create",
+        "user",
+        user_id,
+        after={
+            "address": new.address,
+            "display_name": new.display_name,
+            "contact_address": new.contact_address,
+            "external_id": new.external_id,
+            "quota_bytes": new.quota_bytes,
+            "host": host,
+            "password": new.password_hash is not None,
+            "reuse_address": new.reuse_address,
+        },
+    )
+    await _enqueue(change, user_id, host, new.address, 1)
+    return user_id
+
+
+CHANGEABLE = ("display_name", "contact_address", "external_id", "quota_bytes", "state", "suspended_reason")
+
+
+async def change_user(
+    change: Change, user_id: int, wanted: Mapping[str, Any], *, expected_version: int | None = None
+) -> int:
+    """Sets some of CHANGEABLE. What is so already is no change: no version, no event, no job."""
+    row = await _lock(change, user_id, expected_version)
+    if row.state == UserState.DELETED:
+        raise UserDeleted(f"User {user_id} is deleted. POST /v1/users/{user_id}/restore brings it back.")
+    new = {name: value for name, value in wanted.items() if name in CHANGEABLE and getattr(row, name) != value}
+    state = new.get("state", row.state)
+    if state == UserState.ACTIVE:
+        if wanted.get("suspended_reason"):
+            raise BadField("A reason goes with `state: suspended`.", field="suspended_reason")
+        if row.suspended_reason is not None:
+            new["suspended_reason"] = None
+    if (contact := new.get("contact_address")) is not None and contact.lower() == row.address:
+        raise BadField("The contact address cannot be the mailbox itself.", field="contact_address")
+    if not new:
+        return user_id
+    action = "users.change"
+    ended: dict[str, Any] = {}
+    if "state" in new:
+        action = "users.suspend" if state == UserState.SUSPENDED else "users.resume"
+        if state == UserState.SUSPENDED:
+            ended["access_ended_at"] = change.now
+    before = {name: getattr(row, name) for name in new}
+    await _update(change, row, {**new, **ended}, action, before=before, after=new)
+    return user_id
+
+
+async def delete_user(
+    change: Change, user_id: int, *, retention: timedelta, expected_version: int | None = None
+) -> int:
+    """The address becomes a tombstone and the home goes to the archive, until `purge_at`. Deleting twice is no change."""
+    row = await _lock(change, user_id, expected_version)
+    if row.state == UserState.DELETED:
+        return user_id
+    await release_address(change.connection, row.address, user_id)
+    purge_at = change.now + retention
+    values = {
+        "state": UserState.DELETED.value,
+        "deleted_at": change.now,
+        "purge_at": purge_at,
+        "access_ended_at": change.now,
+    }
+    after = {"state": UserState.DELETED.value, "purge_at": purge_at.isoformat()}
+    await _update(change, row, values, "users.delete", before={"state": row.state}, after=after)
+    return user_id
+
+
+async def restore_user(change: Change, user_id: int, *, expected_version: int | None = None) -> int:
+    """Brings account, password and mail back as they were. Raises UserExists when the address was given away."""
+    row = await _lock(change, user_id, expected_version)
+    if row.state != UserState.DELETED:
+        raise UserNotDeleted(f"User {user_id} is {row.state}, not deleted: there is nothing to restore.")
+    if row.purged_at is not None:
+        raise UserPurged(f"User {user_id} was purged: the mail is gone. Create the account anew with `reuse_address: true`.")
+    await reclaim_address(change.connection, MailAddress(row.address), user_id)
+    values = {
+        "state": UserState.ACTIVE.value,
+        "suspended_reason": None,
+        "deleted_at": None,
+        "purge_at": None,
+    }
+    before = {"state": row.state, "deleted_at": row.deleted_at.isoformat()}
+    await _update(change, row, values, "users.restore", before=before, after={"state": UserState.ACTIVE.value})
+    return user_id
+
+
+async def purge_user(change: Change, user_id: int, *, expected_version: int | None = None) -> int:
+    """Removes the archived mail and the personal fields of a deleted account. Cannot be undone. Twice is no change."""
+    row = await _lock(change, user_id, expected_version)
+    if row.state != UserState.DELETED:
+        raise UserNotDeleted(f"User {user_id} is {row.state}. Delete it first: DELETE /v1/users/{user_id}.")
+    if row.purged_at is not None:
+        return user_id
+    values = {
+        "display_name": "",
+        "contact_address": None,
+        "external_id": None,
+        "suspended_reason": None,
+        "password_hash": None,
+        "purged_at": change.now,
+    }
+    await _update(change, row, values, "users.purge", before={}, after={"purged_at": change.now.isoformat()})
+    return user_id
+
+
+async def resync_user(change: Change, user_id: int) -> int:
+    """Another job for the account as it is; used to try a dead one again. Returns the job's id."""
+    row = await _lock(change, user_id, None)
+    return await _enqueue(change, user_id, row.host, row.address, row.version)
+
+
+async def due_for_purge(connection: AsyncConnection, now: datetime, *, limit: int) -> list[int]:
+    due = (
+        select(users.c.id)
+        .where(users.c.purge_at <= now, users.c.purged_at.is_(None))
+        .order_by(users.c.purge_at)
+        .limit(limit)
+    )
+    return list((await connection.execute(due)).scalars())
+
+
+async def _lock(change: Change, user_id: int, expected_version: int | None) -> Row[Any]:
+    row = (
+        await change.connection.execute(select(*_READABLE).where(users.c.id == user_id).with_for_update())
+    ).one_or_none()
+    if row is None:
+        raise _missing(user_id)
+    if expected_version is not None and row.version != expected_version:
+        raise VersionConflict(
+            f"The account is at version {row.version}, not {expected_version}: somebody changed it. Read it again.",
+            version=row.version,
+        )
+    return row
+
+
+async def _update(
+    change: Change, row: Row[Any], values: dict[str, Any], action: str, *, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    version = row.version + 1
+    try:
+        await change.connection.execute(
+            update(users).where(users.c.id == row.id).values(**values, version=version, updated_at=change.now)
+        )
+    except IntegrityError as error:
+        raise await _named(change.connection, error, values.get("external_id")) from None
+    await record_event(change, action, "user", row.id, before=before, after=after)
+    await _enqueue(change, row.id, row.host, row.address, version)
+
+
+async def _enqueue(change: Change, user_id: int, host: str, address: str, version: int) -> int:
+    return await enqueue(
+        change.connection,
+        JobKind.MAILBOX_SYNC,
+        host=host,
+        lane=mailbox_lane(address),
+        subject_id=user_id,
+        version=version,
+        request_id=change.actor.request_id,
+        now=change.now,
+    )
+
+
+async def _named(connection: AsyncConnection, error: IntegrityError, external_id: str | None) -> Exception:
+    if duplicate_of(error) != "users_external_id":
+        return error
+    row = (
+        await connection.execute(select(users.c.id, users.c.state).where(users.c.external_id == external_id))
+    ).one_or_none()
+    if row is None:
+        return UserExists("Another account has this external_id.", field="external_id")
+    hint = " It is deleted: restore or purge it, or send another external_id." if row.state == UserState.DELETED else ""
+    return UserExists(
+        f"Another account has this external_id.{hint}", id=row.id, external_id=external_id, field="external_id"
+    )
+
+
+def _missing(key: object) -> NotFound:
+    return NotFound(
+        f"There is no account {key}. A deleted one is found by its id only: GET /v1/users?state=deleted&address=…"
+    )
+
+
+async def find_user_id(connection: AsyncConnection, key: MailAddress | int) -> int:
+    """By id, deleted or not; by address, only who has it now."""
+    if isinstance(key, int):
+        return key
+    user_id = (
+        await connection.execute(
+            select(addresses.c.subject_id).where(addresses.c.address == key, addresses.c.kind == AddressKind.USER)
+        )
+    ).scalar_one_or_none()
+    if user_id is None:
+        raise _missing(key)
+    return int(user_id)
+
+
+async def get_user(connection: AsyncConnection, key: MailAddress | int) -> UserRecord:
+    query = _BY_ID.where(users.c.id == key) if isinstance(key, int) else _BY_ADDRESS.where(addresses.c.address == key)
+    row = (await connection.execute(query)).one_or_none()
+    if row is None:
+        raise _missing(key)
+    if is_ready(row):
+        return UserRecord(row, True, None)
+    return UserRecord(row, False, (await _latest_jobs(connection, [row.id])).get(row.id))
+
+
+def is_ready(row: Row[Any]) -> bool:
+    """The version that is wanted was applied, and no proof has failed since."""
+    return row.applied_version == row.version and all(proof["result"] != "failed" for proof in row.proofs.values())
+
+
+async def _latest_jobs(connection: AsyncConnection, ids: Sequence[int]) -> dict[int, JobRow]:
+    if not ids:
+        return {}
+    rows = await connection.execute(
+        select(jobs.c.subject_id, jobs.c.id, jobs.c.state, jobs.c.error)
+        .join(users, and_(users.c.id == jobs.c.subject_id, users.c.host == jobs.c.host))
+        .where(users.c.id.in_(ids), jobs.c.kind == KIND, jobs.c.state != JobState.SUPERSEDED)
+        .order_by(jobs.c.version, jobs.c.id)
+    )
+    return {row.subject_id: JobRow(row.id, row.state, row.error) for row in rows}
+
+
+async def list_users(
+    connection: AsyncConnection, wanted: UserFilter, *, after: int | None = None, limit: int
+) -> list[UserRecord]:
+    """In the order of their ids. Paging by id lets MariaDB walk one index; by domain and address it chose a slow plan."""
+    query = _BY_ID.where(*_conditions(wanted)).order_by(users.c.id).limit(limit)
+    if after is not None:
+        query = query.where(users.c.id > after)
+    if wanted.domain is not None:
+        query = query.where(users.c.domain_id == select(domains.c.id).where(domains.c.name == wanted.domain).scalar_subquery())
+    rows = (await connection.execute(query)).all()
+    latest = await _latest_jobs(connection, [row.id for row in rows if not is_ready(row)])
+    return [UserRecord(row, is_ready(row), latest.get(row.id)) for row in rows]
+
+
+def _conditions(wanted: UserFilter) -> list[ColumnElement[bool]]:
+    conditions: list[ColumnElement[bool]] = []
+    if wanted.state is None:
+        conditions.append(users.c.state != UserState.DELETED)
+    else:
+        conditions.append(users.c.state == wanted.state.value)
+    if wanted.address is not None:
+        conditions.append(users.c.address == wanted.address)
+    if wanted.external_id is not None:
+        conditions.append(users.c.external_id == wanted.external_id)
+    if wanted.q:
+        # LIKE is case-sensitive in these collations; addresses are lower case already.
+        conditions.append(
+            or_(
+                users.c.address.contains(wanted.q.lower(), autoescape=True),
+                users.c.display_name.contains(wanted.q, autoescape=True),
+            )
+        )
+    if wanted.ready is not None:
+        failed = applied.c.proofs.cast(String).contains('"result": "failed"')
+        ready = and_(applied.c.version == users.c.version, not_(failed))
+        conditions.append(ready if wanted.ready else or_(applied.c.version.is_(None), not_(ready)))
+    return conditions

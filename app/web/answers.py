@@ -1,0 +1,82 @@
+"""Answers that are always the resource: status, ETag, Location, `Link: rel="monitor"`, and the wait for the host."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from app.models.jobs import JobState
+from app.services.users import JobRow
+from app.web.conditional import not_modified
+from app.web.dependencies import Call
+from app.web.waiting import seconds_to_wait
+
+
+class JobBody(BaseModel):
+    """The job that makes it so on the host; null once it is ready."""
+
+    id: int
+    state: JobState
+    error: str | None
+    url: str
+
+    @staticmethod
+    def of(job: JobRow) -> "JobBody":
+        return JobBody.model_construct(id=job.id, state=JobState(job.state), error=job.error, url=f"/v1/jobs/{job.id}")
+
+
+class Provable(Protocol):
+    """A resource that the host must reflect."""
+
+    @property
+    def ready(self) -> bool: ...
+    @property
+    def job(self) -> JobRow | None: ...
+
+
+R = TypeVar("R", bound=Provable)
+
+
+async def settled(call: Call, read: Callable[[], Awaitable[R]]) -> tuple[R, bool]:
+    """Reads the resource; while the caller prefers to wait, until it is ready or its job is dead.
+
+    Returns it and whether the wait was honoured.
+    """
+    seconds = seconds_to_wait(call.request)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    while True:
+        resource = await read()
+        left = deadline - loop.time()
+        if resource.ready or resource.job is None or resource.job.state == JobState.DEAD or left <= 0:
+            return resource, seconds > 0
+        await call.service.waiter.wait(resource.job.id, left)
+
+
+def answer(
+    call: Call,
+    body: BaseModel,
+    *,
+    status: int = 200,
+    tag: str | None = None,
+    job: JobRow | None = None,
+    location: str | None = None,
+    waited: bool = False,
+) -> Response:
+    headers: dict[str, str] = {}
+    if tag is not None:
+        headers["ETag"] = tag
+        headers["Cache-Control"] = "private, no-cache"
+        if call.request.method == "GET" and not_modified(call.request, tag):
+            return Response(status_code=304, headers=headers)
+    if job is not None:
+        headers["Link"] = f'</v1/jobs/{job.id}>; rel="monitor"'
+    if location is not None:
+        headers["Location"] = location
+    if waited:
+        headers["Preference-Applied"] = "wait"
+    if call.replayed:
+        headers["Idempotency-Replayed"] = "true"
+    return Response(body.__pydantic_serializer__.to_json(body), status, headers, "application/json")

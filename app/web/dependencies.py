@@ -1,0 +1,166 @@
+"""What every handler gets: the caller, checked for a permission, and with it the way to read and write.
+
+A route declares its permission in its signature (`call: CanReadUsers`), or `dependencies=[PUBLIC]`, or it does not import.
+"""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from fastapi import Depends
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app.config import ApiSettings
+from app.db import Clock, Database, is_busy
+from app.errors import Forbidden
+from app.permissions import Permission, Principal
+from app.queue.wake import wake
+from app.services.changes import Actor, Change
+from app.web.authentication import Authenticator
+from app.web.idempotency import idempotency_key, once, request_hash
+from app.web.waiting import JobWaiter
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MAX_BODY = 64 * 1024
+TRIES = 3
+"""How often a transaction that ran into another is run, the first time included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What one API process has one of. Made in `main.create_app`, found in `app.state.service`."""
+
+    settings: ApiSettings
+    database: Database
+    authenticator: Authenticator
+    waiter: JobWaiter
+    request_key: bytes
+    clock: Clock
+
+    @property
+    def retention(self) -> timedelta:
+        return timedelta(days=self.settings.retention_days)
+
+
+class Call:
+    """One authenticated request."""
+
+    __slots__ = ("principal", "replayed", "request", "service")
+
+    def __init__(self, request: Request, principal: Principal, service: Service) -> None:
+        self.request = request
+        self.principal = principal
+        self.service = service
+        self.replayed = False
+        """An earlier request with the same Idempotency-Key had done it already."""
+
+    def may(self, permission: Permission) -> bool:
+        return permission in self.principal.permissions
+
+    async def read(
+        self, function: Callable[Concatenate[AsyncConnection, P], Awaitable[R]], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Calls a reading service function on a connection that is given back before the answer is made."""
+        async with self.service.database.read.connect() as connection:
+            return await function(connection, *args, **kwargs)
+
+    async def write(
+        self, function: Callable[Concatenate[Change, P], Awaitable[Any]], *args: P.args, **kwargs: P.kwargs
+    ) -> Any:
+        """Begin, call, commit; the whole again when another transaction was in the way. Then wake the workers.
+
+        The connection is given back before this returns, so that whoever waits for the host holds none.
+        """
+        key = idempotency_key(self.request)
+        said = "" if key is None else await request_hash(self.request, self.service.request_key)
+        host = self.request.client.host if self.request.client else ""
+        actor = Actor(self.principal.id, host, self.request.scope["request_id"])
+        for attempt in range(1, TRIES + 1):
+            try:
+                async with self.service.database.write.begin() as connection:
+                    change = Change(connection, actor, self.service.clock())
+                    if key is None:
+                        made = await function(change, *args, **kwargs)
+                    else:
+                        made, first = await once(change, key, said, lambda: function(change, *args, **kwargs))
+                        self.replayed = not first
+                break
+            except DBAPIError as error:
+                if not is_busy(error) or attempt == TRIES:
+                    raise
+                await asyncio.sleep(random.random() * 0.02 * attempt)  # noqa: S311  spreads retries, guards nothing
+        wake_workers(self.service.settings.wake_directory)
+        return made
+
+
+def wake_workers(directory: Path) -> None:
+    for socket in directory.glob("*.wake"):
+        wake(directory, socket.stem)
+
+
+class Needs:
+    """A dependency: the caller must have this permission. None: any caller whom we know."""
+
+    def __init__(self, permission: Permission | None) -> None:
+        self.permission = permission
+
+    async def __call__(self, request: Request) -> Call:
+        service: Service = request.app.state.service
+        principal = await service.authenticator.authenticate(request)
+        if self.permission is not None and self.permission not in principal.permissions:
+            raise Forbidden(f"This needs the permission {self.permission}.", missing=self.permission.value)
+        return Call(request, principal, service)
+
+
+async def _public() -> None:
+    """Marks a route that needs no credentials."""
+
+
+PUBLIC = Depends(_public)
+
+
+class Route(APIRoute):
+    """A route that says who may call it, refuses query parameters that it does not know, and limits its body."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        options["max_body_size"] = MAX_BODY
+        super().__init__(path, endpoint, **options)
+        needs = [d.call for d in self.dependant.dependencies if isinstance(d.call, Needs)]
+        public = any(d.call is _public for d in self.dependant.dependencies)
+        if len(needs) != (0 if public else 1):
+            raise TypeError(f"{path}: declare exactly one permission, or PUBLIC")
+        extra: dict[str, Any] = {}
+        if needs:
+            extra["security"] = [{"client_credentials": []}, {"basic": []}, {"bearer": []}]
+            extra["x-permission"] = needs[0].permission.value if needs[0].permission else "any client"
+        self.openapi_extra = {**extra, **(self.openapi_extra or {})}
+        self._parameters = {field.alias for field in self.dependant.query_params}
+        for dependency in self.dependant.dependencies:
+            self._parameters |= {field.alias for field in dependency.query_params}
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            if request.scope["query_string"]:
+                unknown = [name for name in request.query_params if name not in self._parameters]
+                if unknown:
+                    takes = ", ".join(sorted(self._parameters)) or "none"
+                    message = f"Unknown parameter. This takes: {takes}."
+                    raise RequestValidationError(
+                        [{"type": "unknown", "loc": ("query", name[:64]), "msg": message} for name in unknown[:5]]
+                    )
+            return await handle(request)
+
+        return strict

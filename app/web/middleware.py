@@ -1,0 +1,75 @@
+"""Around every request: an id, a log line, headers that are always right, and an answer whatever happens."""
+
+import re
+import time
+from secrets import token_hex
+from typing import Any
+
+import structlog
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.log import log
+from app.web.problems import internal_error
+
+_GIVEN_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}\Z")
+
+_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
+_DEFAULT_POLICY = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
+_NO_STORE = (b"cache-control", b"no-store")
+
+
+class RequestEnvelope:
+    """Plain ASGI: Starlette's BaseHTTPMiddleware costs more than a query."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        request_id = _request_id(scope)
+        scope["request_id"] = request_id
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = message["headers"]
+                names = {name for name, _ in headers}
+                headers.append((b"x-request-id", request_id.encode()))
+                headers.extend(_HEADERS)
+                if b"content-security-policy" not in names:
+                    headers.append(_DEFAULT_POLICY)
+                if b"cache-control" not in names:
+                    headers.append(_NO_STORE)
+            await send(message)
+
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except Exception as error:
+            if status:
+                raise
+            await internal_error(Request(scope), error)(scope, receive, send_with_headers)
+        finally:
+            log.info("request", **_described(scope), status=status, ms=round((time.perf_counter() - started) * 1000, 1))
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _GIVEN_ID.match(value):
+            return str(value.decode())
+    return token_hex(8)
+
+
+def _described(scope: Scope) -> dict[str, Any]:
+    # The path alone: a query string may hold what a caller did not mean to be logged.
+    return {"method": scope["method"], "path": scope["path"]}

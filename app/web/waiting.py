@@ -1,0 +1,77 @@
+"""`Prefer: wait=N` (RFC 7240): one poller a process asks for all awaited jobs at once, so a waiter holds no connection."""
+
+import asyncio
+import contextlib
+import re
+
+from sqlalchemy import select
+from starlette.requests import Request
+
+from app.db import Database
+from app.log import log
+from app.models.jobs import JobState, jobs
+
+LONGEST_WAIT = 30
+POLL_SECONDS = 0.008
+_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE)
+
+
+def seconds_to_wait(request: Request) -> int:
+    """The seconds that the caller prefers, at most LONGEST_WAIT; 0 without a preference that can be read."""
+    found = _WAIT.search(request.headers.get("prefer", ""))
+    return min(int(found.group(1)), LONGEST_WAIT) if found else 0
+
+
+class JobWaiter:
+    """Polls only while somebody waits."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._awaited: dict[int, list[asyncio.Future[None]]] = {}
+        self._poller: asyncio.Task[None] | None = None
+
+    async def wait(self, job_id: int, seconds: float) -> None:
+        """Returns when the job has ended, whichever way, or after so many seconds."""
+        future = asyncio.get_running_loop().create_future()
+        self._awaited.setdefault(job_id, []).append(future)
+        if self._poller is None or self._poller.done():
+            self._poller = asyncio.create_task(self._poll())
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(future, seconds)
+        finally:
+            waiters = self._awaited.get(job_id, [])
+            if future in waiters:
+                waiters.remove(future)
+            if not waiters:
+                self._awaited.pop(job_id, None)
+
+    async def _poll(self) -> None:
+        pause = POLL_SECONDS
+        while self._awaited:
+            await asyncio.sleep(pause)
+            wanted = list(self._awaited)
+            try:
+                async with self._database.read.connect() as connection:
+                    rows = await connection.execute(
+                        select(jobs.c.id).where(
+                            jobs.c.id.in_(wanted), jobs.c.state.not_in((JobState.READY, JobState.RUNNING))
+                        )
+                    )
+                    ended = list(rows.scalars())
+            except Exception as error:  # the waiters only wait on: each has a time limit of its own
+                log.warning("wait_poll_failed", kind=type(error).__name__)
+                pause = 0.5
+                continue
+            # A job that waits for its next attempt is asked for less often.
+            pause = POLL_SECONDS if ended else min(0.25, pause * 1.05)
+            for job_id in ended:
+                for future in self._awaited.pop(job_id, []):
+                    if not future.done():
+                        future.set_result(None)
+
+    async def close(self) -> None:
+        if self._poller is not None:
+            self._poller.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._poller

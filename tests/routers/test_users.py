@@ -1,0 +1,398 @@
+"""The life of an account over HTTP, as far as it needs no host: what is stored, answered, refused."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import select
+
+from app.db import Database
+from app.models.addresses import addresses
+from app.models.audit_events import audit_events
+from app.models.jobs import jobs
+from app.models.users import users
+from app.permissions import Permission
+from tests.conftest import HOST, PRIMARY, Clock
+
+pytestmark = pytest.mark.asyncio
+
+HASH = "{ARGON2ID}$argon2id$v=19$m=8192,t=1,p=1$c2FsdHNhbHRzYWx0c2FsdA$DYFAS5QpLBm0KKZKwM8bR4MwmUEyJ3tqXkmOc1rbzAM"
+
+
+async def create(client: httpx.AsyncClient, name: str = "alice", **members: Any) -> dict[str, Any]:
+    answer = await client.post("/v1/users", json={"address": f"{name}@{PRIMARY}", **members})
+    assert answer.status_code == 202, answer.text
+    return dict(answer.json())
+
+
+async def rows(database: Database, query: Any) -> list[Any]:
+    async with database.read.connect() as connection:
+        return list((await connection.execute(query)).all())
+
+
+async def test_a_new_account_is_row_address_event_and_job(client: httpx.AsyncClient, database: Database) -> None:
+    answer = await client.post(
+        "/v1/users",
+        json={
+            "address": f"Alice@{PRIMARY.upper()}",
+            "display_name": "Ålice",
+            "contact_address": "Alice@Example.net",
+            "external_id": "42",
+            "quota_bytes": 10_000_000,
+            "password_hash": HASH,
+        },
+    )
+    assert answer.status_code == 202
+    body = answer.json()
+    assert answer.headers["location"] == f"/v1/users/{body['id']}"
+    assert answer.headers["link"] == f'</v1/jobs/{body["job"]["id"]}>; rel="monitor"'
+    assert answer.headers["etag"] == '"1.0"'
+    assert "password_hash" not in body
+    assert {name: body[name] for name in ("address", "display_name", "contact_address", "external_id", "state")} == {
+        "address": f"alice@{PRIMARY}",
+        "display_name": "Ålice",
+        "contact_address": "Alice@example.net",
+        "external_id": "42",
+        "state": "active",
+    }
+    assert (body["host"], body["version"], body["ready"], body["proofs"], body["has_password"]) == (HOST, 1, False, {}, True)
+    assert body["uid"] is None
+    assert body["home"] is None
+    [job] = await rows(database, select(jobs))
+    assert (job.host, job.lane, job.kind, job.subject_id, job.version, job.state, job.fence) == (
+        HOST,
+        f"alice@{PRIMARY}",
+        "mailbox.sync",
+        body["id"],
+        1,
+        "ready",
+        0,
+    )
+    assert job.request_id == answer.headers["x-request-id"]
+    [address] = await rows(database, select(addresses))
+    assert (address.kind, address.subject_id) == ("user", body["id"])
+    [event] = await rows(database, select(audit_events).where(audit_events.c.action == "users.create"))
+    assert event.request_id == job.request_id
+    assert event.after["password"] is True
+    assert HASH not in str(event)
+    [user] = await rows(database, select(users))
+    assert user.password_hash == HASH
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [
+        ({}, "/address"),
+        ({"address": "alice"}, "/address"),
+        ({"address": f"alice+x@{PRIMARY}"}, "/address"),
+        ({"address": f"a..b@{PRIMARY}"}, "/address"),
+        ({"address": f"../etc@{PRIMARY}"}, "/address"),
+        ({"address": f"alice\n@{PRIMARY}"}, "/address"),
+        ({"address": f"älice@{PRIMARY}"}, "/address"),
+        ({"address": "alice@nowhere.test"}, "/address"),
+        ({"address": 5}, "/address"),
+        ({"address": f"alice@{PRIMARY}", "display_name": "a\nb"}, "/display_name"),
+        ({"address": f"alice@{PRIMARY}", "display_name": "x" * 201}, "/display_name"),
+        ({"address": f"alice@{PRIMARY}", "contact_address": "a b@c.d"}, "/contact_address"),
+        ({"address": f"alice@{PRIMARY}", "contact_address": f"alice@{PRIMARY}"}, "/contact_address"),
+        ({"address": f"alice@{PRIMARY}", "quota_bytes": 5}, "/quota_bytes"),
+        ({"address": f"alice@{PRIMARY}", "quota_bytes": 2**70}, "/quota_bytes"),
+        ({"address": f"alice@{PRIMARY}", "external_id": ""}, "/external_id"),
+        ({"address": f"alice@{PRIMARY}", "uid": 0}, "/uid"),
+        ({"address": f"alice@{PRIMARY}", "home": "/root"}, "/home"),
+        ({"address": f"alice@{PRIMARY}", "password": "q7-x9"}, "/password"),
+        ({"address": f"alice@{PRIMARY}", "password": f"alice{PRIMARY}alice"}, "/password"),
+        ({"address": f"alice@{PRIMARY}", "password_hash": "{PLAIN}secret"}, "/password_hash"),
+        ({"address": f"alice@{PRIMARY}", "password_hash": HASH, "password": "seven green lanterns over"}, ""),
+    ],
+)
+async def test_bad_input_is_named_and_nothing_is_kept(
+    client: httpx.AsyncClient, database: Database, body: dict[str, Any], pointer: str
+) -> None:
+    answer = await client.post("/v1/users", json=body)
+    assert answer.status_code == 422, answer.text
+    problem = answer.json()
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert pointer in [error["pointer"] for error in problem["errors"]]
+    assert problem["request_id"] == answer.headers["x-request-id"]
+    for secret in ("password", "password_hash"):
+        assert secret not in body or str(body[secret]) not in answer.text
+    for table in (users, addresses, jobs):
+        assert await rows(database, select(table)) == []
+
+
+async def test_an_unreadable_body_is_a_400(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/users", content=b"{", headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["type"]) == (400, "/problems/bad-request")
+    answer = await client.post("/v1/users", content=b"x" * 70_000, headers={"content-type": "application/json"})
+    assert answer.status_code == 413
+
+
+async def test_reserved_names_are_refused(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/users", json={"address": f"Postmaster@{PRIMARY}"})
+    assert (answer.status_code, answer.json()["type"]) == (409, "/problems/address-reserved")
+
+
+async def test_the_second_of_the_same_name_is_told_who_has_it(
+    client: httpx.AsyncClient, make_client: Callable[..., Any]
+) -> None:
+    first = await create(client, external_id="7")
+    answer = await client.post("/v1/users", json={"address": f"alice@{PRIMARY}"})
+    assert answer.status_code == 409
+    assert answer.json()["type"] == "/problems/user-exists"
+    assert (answer.json()["id"], answer.json()["external_id"]) == (first["id"], "7")
+    answer = await client.post("/v1/users", json={"address": f"bob@{PRIMARY}", "external_id": "7"})
+    assert (answer.status_code, answer.json()["id"]) == (409, first["id"])
+    writer = await make_client(Permission.USERS_WRITE)
+    answer = await writer.post("/v1/users", json={"address": f"alice@{PRIMARY}"})
+    assert answer.status_code == 409
+    assert "id" not in answer.json()
+    assert "external_id" not in answer.json()
+
+
+async def test_twenty_at_once_make_one_account(client: httpx.AsyncClient, database: Database) -> None:
+    answers = await asyncio.gather(
+        *(client.post("/v1/users", json={"address": f"alice@{PRIMARY}"}) for _ in range(20))
+    )
+    assert sorted(answer.status_code for answer in answers) == [202] + [409] * 19
+    assert len(await rows(database, select(users))) == 1
+    assert len(await rows(database, select(jobs))) == 1
+
+
+async def test_get_by_address_and_id_with_etag(client: httpx.AsyncClient) -> None:
+    user = await create(client)
+    by_address = await client.get(f"/v1/users/ALICE@{PRIMARY}")
+    by_id = await client.get(f"/v1/users/{user['id']}")
+    assert by_address.status_code == by_id.status_code == 200
+    assert by_address.json() == by_id.json()
+    tag = by_id.headers["etag"]
+    assert (await client.get(f"/v1/users/{user['id']}", headers={"If-None-Match": tag})).status_code == 304
+    assert (await client.get(f"/v1/users/{user['id']}", headers={"If-None-Match": '"9.9"'})).status_code == 200
+    for missing in ("999", f"bob@{PRIMARY}"):
+        answer = await client.get(f"/v1/users/{missing}")
+        assert (answer.status_code, answer.json()["type"]) == (404, "/problems/not-found")
+    assert (await client.get("/v1/users/a%2F..%2Fb@x.y")).status_code in (404, 422)
+    assert (await client.get("/v1/users/1?colour=red")).status_code == 422
+
+
+async def test_patch_changes_only_what_is_sent(client: httpx.AsyncClient, database: Database) -> None:
+    user = await create(client, display_name="A", contact_address="a@example.net")
+    url = f"/v1/users/{user['id']}"
+    changed = (await client.patch(url, json={"display_name": "B"})).json()
+    assert (changed["display_name"], changed["contact_address"], changed["version"]) == ("B", "a@example.net", 2)
+    same = await client.patch(url, json={"display_name": "B"})
+    assert same.json()["version"] == 2
+    assert len(await rows(database, select(jobs))) == 2
+    cleared = (await client.patch(url, json={"contact_address": None})).json()
+    assert (cleared["contact_address"], cleared["version"]) == (None, 3)
+    [event] = await rows(database, select(audit_events).where(audit_events.c.action == "users.change").limit(1))
+    assert (event.before, event.after) == ({"display_name": "A"}, {"display_name": "B"})
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"address": "bob@cacert.test"}, "never changes"),
+        ({"host": "other"}, "does not move"),
+        ({"password": "x"}, "not changed here"),
+        ({"state": "deleted"}, "DELETE"),
+        ({"state": None}, "cannot be null"),
+        ({"display_name": None}, "cannot be null"),
+        ({"state": "dead"}, "active"),
+        ({"suspended_reason": "why"}, "suspended"),
+        ({"version": 5}, "not permitted"),
+    ],
+)
+async def test_what_patch_refuses_says_what_to_do(client: httpx.AsyncClient, body: dict[str, Any], says: str) -> None:
+    user = await create(client)
+    answer = await client.patch(f"/v1/users/{user['id']}", json=body)
+    assert answer.status_code == 422
+    assert says in answer.json()["detail"]
+    assert (await client.get(f"/v1/users/{user['id']}")).json()["version"] == 1
+
+
+async def test_suspend_ends_access_and_resume_clears_the_reason(
+    client: httpx.AsyncClient, database: Database, clock: Clock
+) -> None:
+    user = await create(client)
+    url = f"/v1/users/{user['id']}"
+    suspended = (await client.patch(url, json={"state": "suspended", "suspended_reason": "stolen"})).json()
+    assert (suspended["state"], suspended["suspended_reason"]) == ("suspended", "stolen")
+    [row] = await rows(database, select(users))
+    assert row.access_ended_at == clock.now
+    resumed = (await client.patch(url, json={"state": "active"})).json()
+    assert (resumed["state"], resumed["suspended_reason"], resumed["version"]) == ("active", None, 3)
+
+
+async def test_if_match_protects_a_change(client: httpx.AsyncClient) -> None:
+    user = await create(client)
+    url = f"/v1/users/{user['id']}"
+    assert (await client.patch(url, json={"display_name": "B"}, headers={"If-Match": '"1.0"'})).status_code == 202
+    late = await client.patch(url, json={"display_name": "C"}, headers={"If-Match": '"1.0"'})
+    assert (late.status_code, late.json()["version"]) == (412, 2)
+    assert (await client.delete(url, headers={"If-Match": '"1.0"'})).status_code == 412
+    assert (await client.patch(url, json={"display_name": "C"}, headers={"If-Match": "rubbish"})).status_code == 422
+    # The worker's writes raise the revision only, and are nobody's edit.
+    assert (await client.patch(url, json={"display_name": "C"}, headers={"If-Match": '"2.17"'})).status_code == 202
+
+
+async def test_fifty_changes_at_once_lose_none(client: httpx.AsyncClient, database: Database) -> None:
+    user = await create(client)
+    names = [f"name {number}" for number in range(50)]
+    answers = await asyncio.gather(
+        *(client.patch(f"/v1/users/{user['id']}", json={"display_name": name}) for name in names)
+    )
+    assert {answer.status_code for answer in answers} == {202}
+    assert (await client.get(f"/v1/users/{user['id']}")).json()["version"] == 51
+    assert sorted(job.version for job in await rows(database, select(jobs))) == list(range(1, 52))
+
+
+async def test_delete_leaves_a_tombstone(client: httpx.AsyncClient, clock: Clock) -> None:
+    user = await create(client)
+    deleted = await client.delete(f"/v1/users/alice@{PRIMARY}")
+    assert deleted.status_code == 202
+    assert deleted.json()["state"] == "deleted"
+    assert deleted.json()["deleted_at"] == "2026-11-23T12:00:00Z"
+    assert deleted.json()["purge_at"] == "2026-12-23T12:00:00Z"
+    again = await client.delete(f"/v1/users/{user['id']}")
+    assert again.json()["version"] == deleted.json()["version"]
+    assert (await client.get(f"/v1/users/alice@{PRIMARY}")).status_code == 404
+    assert (await client.delete(f"/v1/users/alice@{PRIMARY}")).status_code == 404
+    assert (await client.get(f"/v1/users/{user['id']}")).json()["state"] == "deleted"
+    listed = await client.get("/v1/users", params={"state": "deleted", "address": f"alice@{PRIMARY}"})
+    assert [item["id"] for item in listed.json()["items"]] == [user["id"]]
+    assert (await client.get("/v1/users")).json()["items"] == []
+    changed = await client.patch(f"/v1/users/{user['id']}", json={"display_name": "x"})
+    assert (changed.status_code, changed.json()["type"]) == (409, "/problems/user-deleted")
+    taken = await client.post("/v1/users", json={"address": f"alice@{PRIMARY}"})
+    assert (taken.status_code, taken.json()["type"]) == (409, "/problems/address-retired")
+    assert taken.json()["user_id"] == user["id"]
+
+
+async def test_restore_brings_it_back_unless_somebody_has_the_address(client: httpx.AsyncClient) -> None:
+    user = await create(client, password_hash=HASH)
+    url = f"/v1/users/{user['id']}"
+    assert (await client.post(f"{url}/restore")).json()["type"] == "/problems/user-not-deleted"
+    await client.delete(url)
+    restored = await client.post(f"{url}/restore")
+    assert restored.status_code == 202
+    assert restored.json()["state"] == "active"
+    assert restored.json()["deleted_at"] is None
+    assert restored.json()["has_password"] is True
+    assert (await client.get(f"/v1/users/alice@{PRIMARY}")).json()["id"] == user["id"]
+    await client.delete(url)
+    successor = await create(client, reuse_address=True)
+    assert successor["id"] != user["id"]
+    refused = await client.post(f"{url}/restore")
+    assert (refused.status_code, refused.json()["type"]) == (409, "/problems/user-exists")
+    assert refused.json()["id"] == successor["id"]
+    # The successor's tombstone is not the predecessor's either.
+    await client.delete(f"/v1/users/{successor['id']}")
+    refused = await client.post(f"{url}/restore")
+    assert (refused.status_code, refused.json()["type"]) == (409, "/problems/address-retired")
+    assert (await client.post(f"/v1/users/{successor['id']}/restore")).status_code == 202
+
+
+async def test_purge_forgets_the_person_and_keeps_the_row(client: httpx.AsyncClient, database: Database) -> None:
+    user = await create(
+        client, display_name="Alice", contact_address="a@example.net", external_id="5", password_hash=HASH
+    )
+    url = f"/v1/users/{user['id']}"
+    assert (await client.post(f"{url}/purge")).status_code == 409
+    await client.delete(url)
+    purged = (await client.post(f"{url}/purge")).json()
+    assert purged["purged_at"] is not None
+    assert (purged["display_name"], purged["contact_address"], purged["external_id"]) == ("", None, None)
+    [row] = await rows(database, select(users))
+    assert row.password_hash is None
+    [address] = await rows(database, select(addresses))
+    assert address.kind == "tombstone"
+    refused = await client.post(f"{url}/restore")
+    assert (refused.status_code, refused.json()["type"]) == (409, "/problems/user-purged")
+    assert (await client.post(f"{url}/purge")).json()["version"] == purged["version"]
+    assert await create(client, name="carol", external_id="5")
+
+
+async def test_purge_needs_a_permission_of_its_own(
+    client: httpx.AsyncClient, make_client: Callable[..., Any]
+) -> None:
+    user = await create(client)
+    await client.delete(f"/v1/users/{user['id']}")
+    writer = await make_client(Permission.USERS_READ, Permission.USERS_WRITE)
+    refused = await writer.post(f"/v1/users/{user['id']}/purge")
+    assert (refused.status_code, refused.json()["missing"]) == (403, "users:purge")
+
+
+async def test_lists_page_and_filter(client: httpx.AsyncClient) -> None:
+    await client.post("/v1/domains", json={"name": "other.test"})
+    for number in range(7):
+        await create(client, name=f"user{number}", display_name=f"Person {number}", external_id=f"x{number}")
+    await client.post("/v1/users", json={"address": "eve@other.test"})
+    await client.patch(f"/v1/users/user3@{PRIMARY}", json={"state": "suspended"})
+    seen = []
+    url = "/v1/users?limit=3"
+    while url:
+        page = await client.get(url)
+        assert page.status_code == 200, page.text
+        seen += [item["address"] for item in page.json()["items"]]
+        link = page.headers.get("link")
+        assert (link is None) == (page.json()["next_cursor"] is None)
+        url = link.partition("<")[2].partition(">")[0] if link else ""
+    assert seen == [f"user{number}@{PRIMARY}" for number in range(7)] + ["eve@other.test"]
+
+    async def found(**parameters: Any) -> list[str]:
+        answer = await client.get("/v1/users", params=parameters)
+        assert answer.status_code == 200, answer.text
+        return [item["address"].partition("@")[0] for item in answer.json()["items"]]
+
+    assert await found(domain="other.test") == ["eve"]
+    assert await found(domain="unknown.test") == []
+    assert await found(state="suspended") == ["user3"]
+    assert await found(external_id="x5") == ["user5"]
+    assert await found(address=f"USER2@{PRIMARY}") == ["user2"]
+    assert await found(q="Person 4") == ["user4"]
+    assert await found(q="USER4") == ["user4"]
+    assert await found(q="%") == []
+    assert await found(ready="true") == []
+    assert len(await found(ready="false")) == 8
+    for bad in ("limit=0", "limit=501", "cursor=zz", "state=dead", "colour=red"):
+        assert (await client.get(f"/v1/users?{bad}")).status_code == 422
+
+
+async def test_a_repeat_with_the_same_key_makes_nothing_twice(client: httpx.AsyncClient, database: Database) -> None:
+    body = {"address": f"alice@{PRIMARY}", "display_name": "A"}
+    first = await client.post("/v1/users", json=body, headers={"Idempotency-Key": "k1"})
+    await client.patch(f"/v1/users/{first.json()['id']}", json={"display_name": "B"})
+    repeat = await client.post("/v1/users", json=body, headers={"Idempotency-Key": "k1"})
+    assert repeat.headers["idempotency-replayed"] == "true"
+    assert repeat.json()["id"] == first.json()["id"]
+    assert repeat.json()["display_name"] == "B", "the resource as it is now, not a stored answer"
+    other = await client.post("/v1/users", json={**body, "display_name": "C"}, headers={"Idempotency-Key": "k1"})
+    assert (other.status_code, other.json()["type"]) == (422, "/problems/key-reused")
+    assert len(await rows(database, select(users))) == 1
+
+
+async def test_ten_at_once_with_the_same_key_make_one(client: httpx.AsyncClient, database: Database) -> None:
+    body = {"address": f"alice@{PRIMARY}"}
+    answers = await asyncio.gather(
+        *(client.post("/v1/users", json=body, headers={"Idempotency-Key": "k"}) for _ in range(10))
+    )
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert sum(answer.headers.get("idempotency-replayed") == "true" for answer in answers) == 9
+    assert len(await rows(database, select(users))) == 1
+
+
+async def test_a_key_of_a_refused_request_stays_free(client: httpx.AsyncClient, make_client: Callable[..., Any]) -> None:
+    headers = {"Idempotency-Key": "k"}
+    body = {"address": f"alice@{PRIMARY}"}
+    await create(client)
+    assert (await client.post("/v1/users", json=body, headers=headers)).status_code == 409
+    await client.delete(f"/v1/users/alice@{PRIMARY}")
+    body["reuse_address"] = True  # type: ignore[assignment]
+    assert (await client.post("/v1/users", json=body, headers=headers)).status_code == 202
+    # Keys belong to their principal.
+    other = await make_client()
+    assert (await other.post("/v1/users", json={"address": f"bob@{PRIMARY}"}, headers=headers)).status_code == 202
