@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import event
+from sqlalchemy import CursorResult, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -122,6 +122,14 @@ def duplicate_of(error: IntegrityError) -> str | None:
         columns = str(error.orig).rpartition(": ")[2].split(", ")
         return "_".join([columns[0].replace(".", "_"), *(column.partition(".")[2] for column in columns[1:])])
     return None
+
+
+def inserted_id(result: CursorResult[Any]) -> int:
+    """The number that an INSERT of one row gave to it."""
+    key = result.inserted_primary_key
+    if key is None:
+        raise TypeError("not an INSERT of one row")
+    return int(key[0])
 
 
 def is_reference(error: IntegrityError) -> bool:

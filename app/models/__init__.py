@@ -8,4 +8,4 @@ from sqlmodel import SQLModel
 from app.models.columns import METADATA_NAMES
 
 # It must be in place before the first table is declared, so it stands here.
-SQLModel.metadata.naming_convention = METADATA_NAMES  # type: ignore[assignment]  # a plain dict serves
+SQLModel.metadata.naming_convention = METADATA_NAMES

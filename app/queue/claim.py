@@ -197,7 +197,7 @@ async def retry(database: Database, claim: Claim, error: str, now: datetime, *, 
 def backoff(attempts: int, jitter: random.Random) -> timedelta:
     """Full jitter: anything between nothing and half a second doubled by each attempt, at most `MAX_BACKOFF`."""
     ceiling = min(MAX_BACKOFF, timedelta(seconds=0.5) * 2**attempts)
-    return ceiling * jitter.random()
+    return timedelta(seconds=ceiling.total_seconds() * jitter.random())
 
 
 async def _end(connection: AsyncConnection, claim: Claim, state: JobState, error: str | None, now: datetime) -> None:

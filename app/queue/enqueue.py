@@ -5,6 +5,7 @@ from datetime import datetime
 from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from app.db import inserted_id
 from app.models.jobs import jobs
 from app.queue.contracts import JobKind
 
@@ -36,4 +37,4 @@ async def enqueue(
             "created_at": now,
         },
     )
-    return int(result.inserted_primary_key[0])
+    return inserted_id(result)

@@ -8,7 +8,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.addresses import DomainName
-from app.db import duplicate_of, is_reference
+from app.db import duplicate_of, inserted_id, is_reference
 from app.errors import DomainExists, DomainInUse, NotFound, PrimaryDomainFixed
 from app.models.domains import DomainKind, domains
 from app.services.audit_events import record_event
@@ -35,7 +35,7 @@ async def create_domain(change: Change, name: DomainName, kind: DomainKind) -> i
             case "domains_primary_slot":
                 raise PrimaryDomainFixed("There is a primary domain already, and it never changes.") from None
         raise
-    domain_id = int(result.inserted_primary_key[0])
+    domain_id = inserted_id(result)
     await record_event(change, "domains.create", "domain", name, after={"name": name, "kind": kind.value})
     return domain_id
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Row, String, and_, insert, not_, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, String, and_, insert, not_, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.addresses import MailAddress, OutsideAddress
-from app.db import duplicate_of
+from app.db import duplicate_of, inserted_id
 from app.errors import (
     BadField,
     NotFound,
@@ -40,7 +40,7 @@ _READABLE = [column for column in users.c if column.name != "password_hash"]
 
 _APPLIED = and_(applied.c.host == users.c.host, applied.c.kind == KIND, applied.c.subject_id == users.c.id)
 
-_USERS = select(
+_USERS: Select[Any] = select(
     *_READABLE,
     users.c.password_hash.is_not(None).label("has_password"),
     applied.c.version.label("applied_version"),
@@ -125,7 +125,7 @@ async def create_user(change: Change, new: NewUser) -> int:
         "updated_at": change.now,
     }
     try:
-        user_id = int((await connection.execute(insert(users), values)).inserted_primary_key[0])
+        user_id = inserted_id(await connection.execute(insert(users), values))
     except IntegrityError as error:
         raise await _named(connection, error, new.external_id) from None
     await claim_address(connection, new.address, AddressKind.USER, user_id, reuse=new.reuse_address)

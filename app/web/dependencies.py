@@ -5,7 +5,7 @@ A route declares its permission in its signature (`call: CanReadUsers`), or `dep
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -149,7 +149,7 @@ class Route(APIRoute):
         for dependency in self.dependant.dependencies:
             self._parameters |= {field.alias for field in dependency.query_params}
 
-    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def strict(request: Request) -> Response:

@@ -1,0 +1,26 @@
+"""The configuration of Dovecot 2.3. All of its syntax stands here and in `templates/dovecot23`: 2.4 reads another.
+
+SECURITY: loaded by the worker (root), which writes the files; Dovecot reads them as root. See `hosts.py` for what the
+values may contain. Source: https://doc.dovecot.org/2.3/
+"""
+
+from app.addresses import DomainName
+from app.mailconfig.hosts import DATABASE, RECIPIENT_DELIMITER, HostFile, HostSettings
+from app.mailconfig.rendering import ConfigFile, render
+
+
+def render_dovecot(
+    settings: HostSettings, file: HostFile, primary_domain: DomainName, *, extra: str = ""
+) -> dict[str, ConfigFile]:
+    """Every file of the configuration directory by its name. `extra` is Dovecot's own syntax, put last, where it
+    overrides; the tests use it, production never."""
+    main = render(
+        "dovecot23/dovecot.conf",
+        settings=settings,
+        file=file,
+        primary_domain=primary_domain,
+        recipient_delimiter=RECIPIENT_DELIMITER,
+        extra=extra,
+    )
+    sql = render("dovecot23/dovecot-sql.conf.ext", file=file, database=DATABASE)
+    return {"dovecot.conf": ConfigFile(main), "dovecot-sql.conf.ext": ConfigFile(sql, mode=0o600)}

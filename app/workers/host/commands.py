@@ -1,0 +1,275 @@
+"""The programs that the host's worker runs: postmap, postfix and doveadm.
+
+SECURITY: runs as root. Takes addresses from rows that an attacker may have written, and parses what programs print,
+some of which repeats such rows. It writes nothing itself; through the programs it empties Dovecot's authentication
+cache, ends sessions and makes Postfix read its configuration again. Each program is called by its absolute path,
+without a shell, in a clean environment and a session of its own, and is killed with its process group at the time
+limit. An address is parsed again before it becomes an operand, so that none begins with `-` (operands follow `--` as
+well), none has a line break (postmap reads lines) and none is a mask (`doveadm kick '*'` ends every session). No secret
+is in any argv.
+
+What the programs print was found by experiment with Postfix 3.7.11 and Dovecot 2.3.19; the tests hold it.
+"""
+
+import asyncio
+import os
+import re
+import signal
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from app.addresses import MailAddress
+from app.workers.host.fs import HostError
+
+_V = TypeVar("_V")
+_NOBODY_THERE = 68  # EX_NOHOST, which `doveadm kick` takes for "no users kicked".
+_USERS_A_CALL = 1000
+_USER_FORMAT = "%u\t%{uid}\t%{gid}\t%{home}"
+_NO_SUCH_USER = re.compile(r"^userdb lookup: user (\S+) doesn't exist$", re.MULTILINE)
+
+
+class CommandFailed(HostError):
+    """A program could not answer: try again."""
+
+    def __init__(self, argv: Sequence[str], says: str) -> None:
+        super().__init__(f"{' '.join(argv)[:200]}: {says.strip()[-500:] or 'failed without a word'}")
+
+
+class NotConfigured(HostError):
+    """This host has no such program, so there is nothing that it could prove."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """`returncode` is negative for the signal that ended the program."""
+
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+
+
+async def run(
+    argv: Sequence[str],
+    *,
+    stdin: bytes = b"",
+    seconds: float = 30,
+    mail_config: Path | None = None,
+    limit: int = 64 * 2**20,
+) -> Output:
+    """Run a program to its end. `limit` bounds each of its two outputs, in bytes.
+
+    Raises CommandFailed at the time limit or the output limit; any exit status is the caller's to judge. On these, and
+    when the caller is cancelled, the whole process group is killed and the program reaped.
+    """
+    if not Path(argv[0]).is_absolute():
+        raise ValueError(f"{argv[0]} is not an absolute path.")
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+    if mail_config is not None:
+        environment["MAIL_CONFIG"] = str(mail_config)
+    pipe = asyncio.subprocess.PIPE
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            *argv, stdin=pipe, stdout=pipe, stderr=pipe, cwd="/", env=environment, start_new_session=True
+        )
+    )
+    try:
+        async with asyncio.timeout(seconds):
+            # Shielded, since asyncio kills the program alone, and not its group, if it is cancelled while it starts it.
+            process = await asyncio.shield(starting)
+            assert process.stdin and process.stdout and process.stderr  # noqa: S101, PT018 - tells mypy what PIPE means
+            _, stdout, stderr = await asyncio.gather(
+                _feed(process.stdin, stdin),
+                _drain(argv, process.stdout, limit),
+                _drain(argv, process.stderr, limit),
+            )
+            return Output(await process.wait(), stdout, stderr)
+    except BaseException as error:
+        process = await starting
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        # asyncio's wait() waits for the pipes too, which a process that left the group could keep open for ever.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await process.wait()
+        if isinstance(error, TimeoutError):
+            raise CommandFailed(argv, f"was killed after {seconds:g} seconds") from error
+        raise
+
+
+async def _feed(pipe: asyncio.StreamWriter, data: bytes) -> None:
+    with suppress(ConnectionError):  # A program need not read all, or any, of its input.
+        pipe.write(data)
+        await pipe.drain()
+        pipe.close()
+        await pipe.wait_closed()
+
+
+async def _drain(argv: Sequence[str], pipe: asyncio.StreamReader, limit: int) -> bytes:
+    data = bytearray()
+    while chunk := await pipe.read(65536):
+        data += chunk
+        if len(data) > limit:
+            raise CommandFailed(argv, f"was killed because it printed more than {limit} bytes")
+    return bytes(data)
+
+
+@dataclass(frozen=True, slots=True)
+class DovecotUser:
+    """Dovecot's answer after its own checks, such as `first_valid_uid`. `uid` is 0 if the userdb gave none."""
+
+    uid: int
+    gid: int
+    home: str
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """The programs of this host. A configuration of None means that the host has no such program."""
+
+    postfix_config: Path | None = None
+    """The directory of main.cf."""
+    recipient_map: str = ""
+    """The very map that Postfix asks, such as `proxy:mysql:/etc/postfix/cacert-mail/recipients.cf`."""
+    dovecot_config: Path | None = None
+    """The file dovecot.conf."""
+
+    async def lookup_recipients(self, addresses: Iterable[MailAddress]) -> dict[str, str]:
+        """Which of the addresses Postfix's map has, and its values. One call of `postmap -q -` for all of them.
+
+        postmap(1) exits 1 both if it found nothing and if the map failed, but only then does it say something. (A
+        warning beside an empty answer counts as a failure too.) `proxy:` maps are tried until the time limit while
+        Postfix is down.
+        """
+        if self.postfix_config is None:
+            raise NotConfigured("This host has no Postfix.")
+        asked = [MailAddress(address) for address in addresses]
+        argv = ["/usr/sbin/postmap", "-c", str(self.postfix_config), "-q", "-", "--", self.recipient_map]
+        output = await run(argv, stdin="".join(f"{address}\n" for address in asked).encode())
+        if output.returncode not in (0, 1) or (output.returncode == 1 and output.stderr):
+            raise CommandFailed(argv, _text(output.stderr))
+        answers = dict(line.split("\t", 1) for line in _text(output.stdout).split("\n") if "\t" in line)
+        return {address: answers[address] for address in asked if address in answers}
+
+    async def lookup_users(self, addresses: Iterable[MailAddress]) -> dict[str, DovecotUser | CommandFailed]:
+        """What Dovecot answers for each address: no entry if it knows none, CommandFailed if it could not say.
+
+        The exit status of `doveadm user` is that of the last failure alone, so each address is judged by what is
+        printed for it. While Dovecot's database is away every lookup takes a minute, and the time limit ends the call.
+        """
+        asked = list(dict.fromkeys(MailAddress(address) for address in addresses))
+        found: dict[str, DovecotUser | CommandFailed] = {}
+        for start in range(0, len(asked), _USERS_A_CALL):
+            chunk = asked[start : start + _USERS_A_CALL]
+            argv = self._doveadm("user", "-e", _USER_FORMAT)
+            output = await run([*argv, "--", *chunk])
+            said = _text(output.stderr)
+            answers = defaultdict[str, list[list[str]]](list)
+            for line in _text(output.stdout).split("\n"):
+                name, *fields = line.split("\t")
+                answers[name].append(fields)
+            for name in _NO_SUCH_USER.findall(said):
+                answers[name].append([])
+            for address in chunk:
+                match answers[address]:
+                    case [[uid, gid, home]] if uid.isdecimal() and gid.isdecimal():
+                        found[address] = DovecotUser(int(uid), int(gid), home)
+                    case [[]]:
+                        pass
+                    case _:  # No answer, or two: a field with a line break could speak for another user.
+                        about = [line for line in said.split("\n") if address in line]
+                        found[address] = CommandFailed([*argv, address], "\n".join(about))
+        return found
+
+    async def flush_auth_cache(self, address: str) -> None:
+        """Make Dovecot forget what it remembers of a login. doveadm exits 0 even if it reached no one to flush."""
+        if self.dovecot_config is not None:
+            argv = self._doveadm("auth", "cache", "flush", "--", MailAddress(address))
+            output = await run(argv)
+            if output.returncode != 0 or b"Error: " in output.stderr:
+                raise CommandFailed(argv, _text(output.stderr))
+
+    async def kick_sessions(self, address: str) -> None:
+        """End the sessions of a login. That none is left is for `list_sessions` to say: see `_NOBODY_THERE`."""
+        if self.dovecot_config is not None:
+            argv = self._doveadm("kick", "--", MailAddress(address))
+            output = await run(argv)
+            # The same status tells of sessions that may not be kicked.
+            if output.returncode not in (0, _NOBODY_THERE):
+                raise CommandFailed(argv, _text(output.stderr))
+
+    async def list_sessions(self, address: str) -> int:
+        """How many IMAP, POP3 and ManageSieve sessions of a login are open; 0 on a host without Dovecot."""
+        if self.dovecot_config is None:
+            return 0
+        argv = self._doveadm("-f", "tab", "who", "-1", "--", MailAddress(address))
+        output = await run(argv)
+        if output.returncode != 0:
+            raise CommandFailed(argv, _text(output.stderr))
+        return sum(line.startswith(f"{MailAddress(address)}\t") for line in _text(output.stdout).split("\n"))
+
+    async def reload_postfix(self) -> None:
+        """Make Postfix read its configuration again and try again the maps that it holds for down."""
+        if self.postfix_config is not None:
+            argv = ["/usr/sbin/postfix", "-c", str(self.postfix_config), "reload"]
+            output = await run(argv)
+            if output.returncode != 0:
+                raise CommandFailed(argv, _text(output.stderr))
+
+    def _doveadm(self, *arguments: str) -> list[str]:
+        if self.dovecot_config is None:
+            raise NotConfigured("This host has no Dovecot.")
+        return ["/usr/bin/doveadm", "-c", str(self.dovecot_config), *arguments]
+
+
+class Batched(Generic[_V]):
+    """Gather single questions into calls of `lookup`: what is asked while one call runs goes into the next.
+
+    `await batched(address)` gives the address's value, or None if the lookup has none for it. A question is never
+    answered by a call that began before it was asked. An exception of the call reaches all who wait for it, one that
+    is an address's value those who asked for that address; BadAddress is raised before anybody is asked.
+    """
+
+    def __init__(self, lookup: Callable[[Iterable[MailAddress]], Awaitable[Mapping[str, _V | CommandFailed]]]) -> None:
+        self._lookup = lookup
+        self._waiting: dict[MailAddress, asyncio.Future[_V | None]] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def __call__(self, address: str) -> _V | None:
+        parsed = MailAddress(address)
+        if parsed not in self._waiting:
+            self._waiting[parsed] = asyncio.get_running_loop().create_future()
+        answer = self._waiting[parsed]
+        if self._task is None:
+            self._task = asyncio.create_task(self._ask())
+        return await asyncio.shield(answer)  # Others may wait for the same answer.
+
+    async def _ask(self) -> None:
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting, {}
+                try:
+                    found = await self._lookup(list(batch))
+                except Exception as error:
+                    for answer in batch.values():
+                        answer.set_exception(error)
+                except BaseException:
+                    for answer in (*batch.values(), *self._waiting.values()):
+                        answer.cancel()
+                    raise
+                else:
+                    for address, answer in batch.items():
+                        value = found.get(address)
+                        if isinstance(value, CommandFailed):
+                            answer.set_exception(value)
+                        else:
+                            answer.set_result(value)
+        finally:
+            self._task = None
+
+
+def _text(printed: bytes) -> str:
+    return printed.decode("ascii", "backslashreplace")

@@ -1,0 +1,263 @@
+"""`mailbox.sync`: make the home, Dovecot and Postfix match the user's row, and prove it.
+
+SECURITY: runs as root. The row is read after the claim and parsed by `rows.py`; nothing of the job but its id is used. What is
+done to the disk is done by `fs.py`, what is asked of programs by `commands.py`; this file only decides what and in which order.
+
+Whatever happened, this ends in the same place, however often it runs:
+
+    state      home                          views show it    proofs
+    active     in place, 0700, own uid       yes              maildir, postfix, dovecot
+    suspended  the same                      yes, no login    the same; sessions: none is left
+    deleted    in the archive                no               maildir (archived), postfix and dovecot (unknown), sessions
+    purged     gone                          no               the same
+
+The order matters: a home stands before the views show the account, and the views hide it before the home is moved.
+"""
+
+import asyncio
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from app.db import Clock, Database
+from app.models.users import UserState
+from app.queue.claim import Outcome
+from app.workers.host.commands import Batched, CommandFailed, Commands, DovecotUser, NotConfigured
+from app.workers.host.fs import (
+    HomeBroken,
+    Homes,
+    HostError,
+    check_home,
+    ensure_archived,
+    ensure_home,
+    ensure_purged,
+    ensure_restored,
+)
+from app.workers.host.rows import BadRow, Mailbox, Present, others_of, read_mailbox, write_applied
+
+KICKS = 5
+"""How often sessions are ended before the job is tried again later: a login may be half done while we kick."""
+
+NOT_CONFIGURED = {"result": "not configured", "detail": None}
+
+
+class TryAgain(Exception):
+    """Not yet; may pass by itself. The text is for whoever reads the job."""
+
+
+class GiveUp(Exception):
+    """Cannot pass by waiting: somebody must look."""
+
+
+@dataclass(slots=True)
+class Host:
+    """This machine: its name, its homes, its programs."""
+
+    name: str
+    database: Database
+    homes: Homes
+    commands: Commands
+    uid_first: int
+    uid_last: int
+    clock: Clock
+    ask_postfix: Batched[str] = field(init=False)
+    ask_dovecot: Batched[DovecotUser] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ask_postfix = Batched(self.commands.lookup_recipients)
+        self.ask_dovecot = Batched(self.commands.lookup_users)
+
+    def uid_of(self, mailbox: Mailbox) -> int:
+        """The uid that this user's files have, from the host's own range."""
+        uid = self.uid_first + mailbox.id
+        if uid > self.uid_last:
+            raise GiveUp(f"User {mailbox.id} would get uid {uid}, which is above UID_LAST ({self.uid_last}) of this host.")
+        return uid
+
+    def owner_of(self, mailbox: Mailbox) -> int:
+        """The uid that they really have: without root, the worker's own."""
+        return self.homes.owner_of(self.uid_of(mailbox))[0]
+
+
+async def sync_mailbox(host: Host, user_id: int) -> Outcome:
+    """Returns what was made true and proved. Raises TryAgain, GiveUp, or an OSError or database error that may pass."""
+    try:
+        mailbox, present = await read_mailbox(host.database, host.name, user_id)
+    except BadRow as error:
+        raise GiveUp(str(error)) from None
+    try:
+        if mailbox.state is UserState.DELETED:
+            return await _make_away(host, mailbox, present)
+        return await _make_stand(host, mailbox, present)
+    except CommandFailed as error:
+        raise TryAgain(str(error)) from None
+    except HostError as error:
+        # The proof that failed is shown with the account; what stood before is not withdrawn for it.
+        proofs = {**(present.proofs or {}), "maildir": _failed(str(error))}
+        outcome = Outcome(present.version, present.stands, proofs, present.result or {})
+        await write_applied(host.database, host.name, mailbox.id, outcome, host.clock())
+        raise GiveUp(str(error)) from None
+
+
+async def _make_stand(host: Host, mailbox: Mailbox, present: Present) -> Outcome:
+    uid = host.uid_of(mailbox)
+    if not present.stands:
+        waiting, _ = await others_of(host.database, mailbox)
+        if waiting:
+            raise TryAgain(f"An earlier account {mailbox.address} is not archived yet.")
+        if present.get("archived"):
+            await asyncio.to_thread(ensure_restored, host.homes, mailbox.home, uid, mailbox.id)
+    home = await asyncio.to_thread(ensure_home, host.homes, mailbox.home, uid)
+    result = {
+        "uid": host.owner_of(mailbox),
+        "home": home,
+        "archived": False,
+        "access_ended_at": present.get("access_ended_at"),
+    }
+    if not present.stands or (present.get("uid"), present.get("home")) != (result["uid"], home):
+        standing = Outcome(present.version, True, present.proofs or {}, result)
+        await write_applied(host.database, host.name, mailbox.id, standing, host.clock())
+    if present.version > 0:
+        # Dovecot remembers what it looked up before: the quota, the home, or that there was none.
+        await host.commands.flush_auth_cache(mailbox.address)
+    sessions = await _prove_sessions(host, mailbox, present)
+    proofs = {"maildir": prove_maildir(host, mailbox)}
+    proofs["postfix"], proofs["dovecot"] = await asyncio.gather(
+        _prove_recipient(host, mailbox), _prove_login(host, mailbox, home)
+    )
+    return await _end(host, mailbox, present, Outcome(mailbox.version, True, {**proofs, **sessions}, result))
+
+
+async def _make_away(host: Host, mailbox: Mailbox, present: Present) -> Outcome:
+    uid = host.uid_of(mailbox)
+    result = {
+        "uid": present.get("uid"),
+        "home": None,
+        "archived": bool(present.get("archived")),
+        "access_ended_at": present.get("access_ended_at"),
+    }
+    if present.stands or present.version == 0:
+        # Committed before the home moves: no mail meets a missing Maildir.
+        hidden = Outcome(present.version, False, present.proofs or {}, result)
+        await write_applied(host.database, host.name, mailbox.id, hidden, host.clock())
+        await host.commands.flush_auth_cache(mailbox.address)
+    sessions = await _prove_sessions(host, mailbox, present)
+    if not result["archived"]:
+        _, successor = await others_of(host.database, mailbox)
+        if not successor or present.stands:
+            archived = await asyncio.to_thread(ensure_archived, host.homes, mailbox.home, uid, mailbox.id)
+            result["archived"] = archived
+    detail = "archived" if result["archived"] else "there was none to keep"
+    if mailbox.purged:
+        await asyncio.to_thread(ensure_purged, host.homes, mailbox.id)
+        result["archived"], detail = False, "purged"
+    proofs: dict[str, Any] = {"maildir": {"result": "ok", "detail": detail}}
+    proofs["postfix"], proofs["dovecot"] = await asyncio.gather(
+        _prove_no_recipient(host, mailbox), _prove_no_login(host, mailbox, uid)
+    )
+    return await _end(host, mailbox, present, Outcome(mailbox.version, False, {**proofs, **sessions}, result))
+
+
+async def _end(host: Host, mailbox: Mailbox, present: Present, outcome: Outcome) -> Outcome:
+    """Refuses to call it done while a proof fails; what failed is shown with the account meanwhile."""
+    broken = [f"{name}: {proof['detail']}" for name, proof in outcome.proofs.items() if proof["result"] == "failed"]
+    if broken:
+        seen = replace(outcome, version=present.version)
+        await write_applied(host.database, host.name, mailbox.id, seen, host.clock())
+        raise TryAgain("; ".join(broken))
+    ended = mailbox.access_ended_at
+    if ended is not None:
+        outcome.result["access_ended_at"] = ended.isoformat()
+    return outcome
+
+
+async def _prove_sessions(host: Host, mailbox: Mailbox, present: Present) -> dict[str, dict[str, Any]]:
+    """Only of an account whose access was ended once: the proof `sessions`, from now or from when it was carried out."""
+    if mailbox.access_ended_at is None:
+        return {}
+    earlier = (present.proofs or {}).get("sessions")
+    if earlier is not None and present.get("access_ended_at") == mailbox.access_ended_at.isoformat():
+        return {"sessions": earlier}
+    return {"sessions": await _end_sessions(host, mailbox)}
+
+
+async def _end_sessions(host: Host, mailbox: Mailbox) -> dict[str, Any]:
+    """Dovecot forgets the login, every session is ended, and then none is left."""
+    if host.commands.dovecot_config is None:
+        return NOT_CONFIGURED
+    await host.commands.flush_auth_cache(mailbox.address)
+    left = 0
+    for attempt in range(KICKS):
+        await host.commands.kick_sessions(mailbox.address)
+        left = await host.commands.list_sessions(mailbox.address)
+        if left == 0:
+            return _ok("login cache flushed; no session is left")
+        await asyncio.sleep(0.05 * 2**attempt)
+    return _failed(f"{left} sessions are still open")
+
+
+def prove_maildir(host: Host, mailbox: Mailbox) -> dict[str, Any]:
+    try:
+        check_home(host.homes, mailbox.home, host.uid_of(mailbox))
+    except HomeBroken as error:
+        return _failed(str(error))
+    owner = host.owner_of(mailbox)
+    if owner == host.uid_of(mailbox):
+        return _ok(f"owner {owner}, mode 0700")
+    return _ok(f"owner {owner}, mode 0700; its own uid {host.uid_of(mailbox)} needs root, which this worker is not")
+
+
+async def _prove_recipient(host: Host, mailbox: Mailbox) -> dict[str, Any]:
+    try:
+        found = await host.ask_postfix(mailbox.address)
+    except NotConfigured:
+        return NOT_CONFIGURED
+    return judge_recipient(mailbox, found)
+
+
+async def _prove_login(host: Host, mailbox: Mailbox, home: str) -> dict[str, Any]:
+    try:
+        found = await host.ask_dovecot(mailbox.address)
+    except NotConfigured:
+        return NOT_CONFIGURED
+    return judge_login(found, host.owner_of(mailbox), home)
+
+
+def judge_recipient(mailbox: Mailbox, found: str | None) -> dict[str, Any]:
+    return _ok("its map has the address") if found == mailbox.address else _failed("its map does not have the address")
+
+
+def judge_login(found: DovecotUser | None, uid: int, home: str) -> dict[str, Any]:
+    if found is None:
+        return _failed("it does not know the login")
+    if (found.uid, found.gid, found.home) != (uid, uid, home):
+        return _failed(f"it has uid {found.uid}, gid {found.gid} and home {found.home} for the login")
+    return _ok("it knows the login, with uid and home")
+
+
+async def _prove_no_recipient(host: Host, mailbox: Mailbox) -> dict[str, Any]:
+    try:
+        found = await host.ask_postfix(mailbox.address)
+    except NotConfigured:
+        return NOT_CONFIGURED
+    if found is None:
+        return _ok("the address is unknown")
+    _, successor = await others_of(host.database, mailbox)
+    return _ok("the address is somebody else's now") if successor else _failed("its map still has the address")
+
+
+async def _prove_no_login(host: Host, mailbox: Mailbox, uid: int) -> dict[str, Any]:
+    try:
+        found = await host.ask_dovecot(mailbox.address)
+    except NotConfigured:
+        return NOT_CONFIGURED
+    if found is None:
+        return _ok("the login is unknown")
+    return _ok("the login is somebody else's now") if found.uid != uid else _failed("it still knows the login")
+
+
+def _ok(detail: str) -> dict[str, Any]:
+    return {"result": "ok", "detail": detail}
+
+
+def _failed(detail: str) -> dict[str, Any]:
+    return {"result": "failed", "detail": detail[:500]}

@@ -1,0 +1,250 @@
+"""The privileged worker of one mail host: claims jobs, runs their handlers side by side, sweeps, and reports.
+
+SECURITY: runs as root with CAP_CHOWN, DAC_OVERRIDE, FOWNER, SETUID, SETGID and KILL. Talks to the database, as its user
+`worker`, and to this host's own programs; to nothing else. Loads nothing of the web side. Its input are the queue's ids and
+the view `worker_users`; it writes through `handlers`, `rows` and `queue.claim` alone.
+"""
+
+import asyncio
+import random
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
+from importlib.metadata import version
+from weakref import WeakValueDictionary
+
+import structlog
+
+from app.config import WorkerSettings
+from app.db import Clock, Database, is_busy, is_lost, utc_now
+from app.log import log
+from app.models.jobs import JobState
+from app.queue.claim import Claim, LeaseLost, Outcome, claim, finish, give_up, heartbeat, retry, take_back
+from app.queue.contracts import JobKind
+from app.queue.wake import Listener
+from app.workers.host.commands import CommandFailed, Commands
+from app.workers.host.fs import HostError, hold_lock, open_homes
+from app.workers.host.handlers.users import GiveUp, Host, TryAgain, sync_mailbox
+from app.workers.host.rows import write_status
+from app.workers.host.sweep import Report, sweep
+
+HANDLERS: dict[str, Callable[[Host, int], Awaitable[Outcome]]] = {JobKind.MAILBOX_SYNC.value: sync_mailbox}
+"""All that root does when it is asked to. A job of another kind is never claimed."""
+
+HEARTBEAT = timedelta(seconds=15)
+GRACE = 20
+"""Seconds that running jobs get to end after SIGTERM. What does not make it is taken back at the next start."""
+
+
+class Worker:
+    """One per host, under a lock. Made by `working`."""
+
+    def __init__(self, host: Host, settings: WorkerSettings, *, jitter: random.Random | None = None) -> None:
+        self.host = host
+        self.settings = settings
+        self.running: dict[asyncio.Task[None], Claim] = {}
+        self.stopping = asyncio.Event()
+        self._jitter = jitter or random.Random()  # noqa: S311  spreads retries, guards nothing
+        self._lanes: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._outage = False
+
+    @asynccontextmanager
+    async def lane(self, name: str) -> AsyncIterator[None]:
+        """Within this process: a repair of the sweep and a job never work on the same lane at once."""
+        lock = self._lanes.get(name)
+        if lock is None:
+            lock = self._lanes[name] = asyncio.Lock()
+        async with lock:
+            yield
+
+    async def round(self) -> int:
+        """Claims as many jobs as there is room for and starts them. Returns how many."""
+        free = self.settings.concurrency - len(self.running)
+        if free <= 0:
+            return 0
+        claims = await claim(self.host.database, self.host.name, self.host.clock(), limit=free, kinds=HANDLERS)
+        for taken in claims:
+            task = asyncio.create_task(self.work(taken))
+            self.running[task] = taken
+            task.add_done_callback(lambda done: self.running.pop(done, None))
+        return len(claims)
+
+    async def work(self, taken: Claim) -> None:
+        """One job, from the claim to its end. Never raises: what cannot be written now is taken back later."""
+        structlog.contextvars.bind_contextvars(request_id=taken.request_id, job_id=taken.id)
+        database, clock = self.host.database, self.host.clock
+        state = JobState.DONE
+        error: str | None = None
+        try:
+            try:
+                async with self.lane(taken.lane):
+                    outcome = await HANDLERS[taken.kind](self.host, taken.subject_id)
+                await finish(database, taken, outcome, clock())
+            except GiveUp as reason:
+                state, error = JobState.DEAD, str(reason)
+                await give_up(database, taken, error, clock())
+            except LeaseLost:
+                raise
+            except Exception as reason:
+                error = str(reason) if isinstance(reason, TryAgain | OSError) else type(reason).__name__
+                if not isinstance(reason, TryAgain | OSError) and not is_lost(reason):
+                    log.error("job_failed", exc_info=reason)
+                state = await retry(database, taken, error, clock(), jitter=self._jitter)
+        except LeaseLost:
+            log.warning("job_lost", subject_id=taken.subject_id)
+            return
+        except Exception as reason:
+            # The database is away, or in the way: the lease runs out and the job is taken back.
+            log.warning("job_not_finished", kind=type(reason).__name__, busy=_busy(reason))
+            return
+        level = log.info if state is JobState.DONE else log.warning
+        level("job", kind=taken.kind, subject_id=taken.subject_id, state=state.value, attempts=taken.attempts, error=error)
+
+    async def beat(self) -> None:
+        """Renews the leases of what is at work, takes back what expired, and says that we are alive."""
+        now = self.host.clock()
+        lost = await heartbeat(self.host.database, list(self.running.values()), now)
+        for task in [task for task, taken in self.running.items() if taken in lost]:
+            task.cancel()
+        await take_back(self.host.database, self.host.name, now)
+        await write_status(self.host.database, self.host.name, now)
+
+    async def guarded(self, what: Callable[[], Awaitable[object]]) -> bool:
+        """False when the database was away. When it is back, Postfix is told: it keeps a map down for a minute."""
+        try:
+            await what()
+        except Exception as error:
+            if is_lost(error):
+                if not self._outage:
+                    log.warning("database_away", kind=type(error).__name__)
+                self._outage = True
+            else:
+                log.error("worker_error", exc_info=error)
+            return False
+        if self._outage:
+            log.warning("database_back")
+            try:
+                await self.host.commands.reload_postfix()
+            except CommandFailed as error:
+                log.error("postfix_not_reloaded", error=str(error))
+                return True
+            self._outage = False
+        return True
+
+    async def run(self, listener: Listener) -> None:
+        """Until `stopping` is set."""
+        # The signal ends the wait for the next poll as well.
+        stopped = asyncio.create_task(self.stopping.wait())
+        stopped.add_done_callback(lambda _: listener.event.set())
+        beats = asyncio.create_task(self._every(HEARTBEAT.total_seconds(), self.beat))
+        sweeps = asyncio.create_task(self._every(self.settings.sweep_minutes * 60, self.sweep))
+        pause = self.settings.poll_seconds
+        try:
+            while not self.stopping.is_set():
+                started: list[int] = []
+
+                async def claim_some(counts: list[int] = started) -> None:
+                    counts.append(await self.round())
+
+                alive = await self.guarded(claim_some)
+                if self.running and len(self.running) >= self.settings.concurrency:
+                    await asyncio.wait([*self.running, stopped], return_when=asyncio.FIRST_COMPLETED)
+                elif not alive or not started[0]:
+                    await self._idle(listener, pause)
+        finally:
+            for task in (beats, sweeps, stopped):
+                task.cancel()
+            await asyncio.gather(beats, sweeps, stopped, return_exceptions=True)
+            if self.running:
+                await asyncio.wait(list(self.running), timeout=GRACE)
+            for task in list(self.running):
+                task.cancel()
+
+    async def _idle(self, listener: Listener, pause: float) -> None:
+        """Until something wakes us, a job ends (its lane may have a successor waiting), or the poll is due."""
+        waking = asyncio.create_task(listener.wait(pause * (0.75 + self._jitter.random() / 2)))
+        await asyncio.wait([waking, *self.running], return_when=asyncio.FIRST_COMPLETED)
+        if not waking.done():
+            waking.cancel()
+            await asyncio.gather(waking, return_exceptions=True)
+
+    async def _every(self, seconds: float, what: Callable[[], Awaitable[object]]) -> None:
+        while True:
+            alive = await self.guarded(what)
+            await asyncio.sleep(seconds if alive else min(seconds, self.settings.poll_seconds))
+
+    async def sweep(self) -> Report:
+        return await sweep(self.host, self.lane)
+
+
+def _busy(error: Exception) -> bool:
+    from sqlalchemy.exc import DBAPIError
+
+    return isinstance(error, DBAPIError) and is_busy(error)
+
+
+@asynccontextmanager
+async def opened(settings: WorkerSettings, *, clock: Clock = utc_now) -> AsyncIterator[Host]:
+    """This machine as the settings describe it. Raises HostError when its directories cannot be trusted."""
+    async with AsyncExitStack() as stack:
+        homes = stack.enter_context(open_homes(settings.host_root, durable=settings.durable))
+        database = Database(
+            settings.database_url.get_secret_value(),
+            ca_file=settings.database_ca_file,
+            pool_size=settings.concurrency + 4,
+        )
+        stack.push_async_callback(database.close)
+        commands = Commands(
+            postfix_config=settings.postfix_config,
+            recipient_map=settings.postfix_recipients,
+            dovecot_config=settings.dovecot_config,
+        )
+        yield Host(
+            settings.mail_host, database, homes, commands, settings.uid_first, settings.uid_last, clock
+        )
+
+
+async def run_worker(settings: WorkerSettings, *, clock: Clock = utc_now, worker_ready: Callable[[Worker], None] | None = None) -> None:
+    """Until SIGTERM or SIGINT. Raises HostError: another worker runs here, or a directory is not safe."""
+    hold_lock(settings.lock_file)
+    settings.wake_directory.mkdir(parents=True, exist_ok=True)
+    async with opened(settings, clock=clock) as host:
+        worker = Worker(host, settings)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, worker.stopping.set)
+        listener = Listener(settings.wake_directory, settings.mail_host)
+        try:
+            await _begin(worker)
+            if worker_ready is not None:
+                worker_ready(worker)
+            await worker.run(listener)
+        finally:
+            listener.close()
+    log.info("worker_stopped")
+
+
+async def _begin(worker: Worker) -> None:
+    """Takes back what an earlier process left behind; waits for the database when it is not there yet."""
+    host = worker.host
+
+    async def begin() -> None:
+        now = host.clock()
+        taken = await take_back(host.database, host.name, now, all_running=True)
+        await write_status(host.database, host.name, now, started_at=now, release=version("cacert-mail"))
+        log.info("worker_started", host=host.name, taken_back=taken)
+
+    while not worker.stopping.is_set() and not await worker.guarded(begin):
+        await asyncio.sleep(worker.settings.poll_seconds)
+
+
+async def sweep_once(settings: WorkerSettings, *, dry_run: bool, clock: Clock = utc_now) -> Report:
+    """One sweep, for the command line. A repairing one needs the lock: the running worker sweeps by itself."""
+    if not dry_run:
+        hold_lock(settings.lock_file)
+    async with opened(settings, clock=clock) as host:
+        return await sweep(host, Worker(host, settings).lane, dry_run=dry_run)
+
+
+__all__ = ["HostError", "Worker", "run_worker", "sweep_once"]
