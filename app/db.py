@@ -7,17 +7,19 @@ Each process has two engines. The writing one opens real transactions: READ COMM
 """
 
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import CursorResult, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 Clock = Callable[[], datetime]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 LOCK_WAIT_SECONDS = 1
 """How long a statement waits for another's row on MariaDB. Transactions here are short, and retried whole."""
@@ -56,6 +58,22 @@ class Database:
             )
         else:
             raise ValueError(f"DATABASE_URL: {self.dialect} is not supported; use sqlite+aiosqlite or mysql+asyncmy")
+
+    async def reading(
+        self, function: Callable[Concatenate[AsyncConnection, P], Awaitable[R]], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Calls a reading function, and once more if its connection turns out to be lost.
+
+        After a restart of the server every connection in the pool is; the first to notice empties the pool.
+        """
+        try:
+            async with self.read.connect() as connection:
+                return await function(connection, *args, **kwargs)
+        except DBAPIError as error:
+            if not is_lost(error):
+                raise
+        async with self.read.connect() as connection:
+            return await function(connection, *args, **kwargs)
 
     async def close(self) -> None:
         await self.read.dispose()

@@ -198,6 +198,11 @@ def upgrade() -> None:
         "CREATE VIEW worker_users AS SELECT u.id, u.address, u.local_part, d.name AS domain, d.kind AS domain_kind, u.host, u.state, u.version, u.quota_bytes, u.access_ended_at, u.deleted_at, u.purged_at"
         " FROM users u JOIN domains d ON d.id = u.domain_id"
     )
+    op.execute(
+        "CREATE VIEW service_users AS SELECT id, address, local_part, domain_id, host, display_name, contact_address, external_id, quota_bytes, state, suspended_reason, access_ended_at, version, created_at, updated_at, deleted_at, purge_at, purged_at"
+        " FROM users"
+    )
+    op.execute("CREATE VIEW service_purged AS SELECT id, password_hash FROM users WHERE purged_at IS NOT NULL")
     op.execute("CREATE VIEW postfix_virtual_domains AS SELECT name FROM domains WHERE kind = 'virtual'")
     op.execute(
         f"CREATE VIEW postfix_recipients AS SELECT u.address, u.host"

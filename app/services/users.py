@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Row, Select, String, and_, insert, not_, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, String, Table, and_, insert, not_, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -27,6 +27,7 @@ from app.models.addresses import AddressKind, addresses
 from app.models.domains import DomainKind, domains
 from app.models.jobs import JobState, applied, jobs
 from app.models.users import UserState, users
+from app.models.views import service_purged, service_users
 from app.queue.contracts import JobKind, mailbox_lane
 from app.queue.enqueue import enqueue
 from app.services.addresses import check_reserved, claim_address, reclaim_address, release_address
@@ -37,6 +38,17 @@ from app.services.hosts import choose_host
 KIND = JobKind.MAILBOX_SYNC.value
 
 _READABLE = [column for column in users.c if column.name != "password_hash"]
+
+
+class Rights(NamedTuple):
+    """Through what a process changes users: the table, or views that keep the password hash from it."""
+
+    users: Table
+    purged: Table
+
+
+API = Rights(users, users)
+SERVICE = Rights(service_users, service_purged)
 
 _APPLIED = and_(applied.c.host == users.c.host, applied.c.kind == KIND, applied.c.subject_id == users.c.id)
 
@@ -220,9 +232,11 @@ async def restore_user(change: Change, user_id: int, *, expected_version: int | 
     return user_id
 
 
-async def purge_user(change: Change, user_id: int, *, expected_version: int | None = None) -> int:
+async def purge_user(
+    change: Change, user_id: int, *, expected_version: int | None = None, rights: Rights = API
+) -> int:
     """Removes the archived mail and the personal fields of a deleted account. Cannot be undone. Twice is no change."""
-    row = await _lock(change, user_id, expected_version)
+    row = await _lock(change, user_id, expected_version, rights.users)
     if row.state != UserState.DELETED:
         raise UserNotDeleted(f"User {user_id} is {row.state}. Delete it first: DELETE /v1/users/{user_id}.")
     if row.purged_at is not None:
@@ -232,10 +246,12 @@ async def purge_user(change: Change, user_id: int, *, expected_version: int | No
         "contact_address": None,
         "external_id": None,
         "suspended_reason": None,
-        "password_hash": None,
         "purged_at": change.now,
     }
-    await _update(change, row, values, "users.purge", before={}, after={"purged_at": change.now.isoformat()})
+    after = {"purged_at": change.now.isoformat()}
+    await _update(change, row, values, "users.purge", before={}, after=after, table=rights.users)
+    purged = rights.purged
+    await change.connection.execute(update(purged).where(purged.c.id == user_id).values(password_hash=None))
     return user_id
 
 
@@ -245,20 +261,21 @@ async def resync_user(change: Change, user_id: int) -> int:
     return await _enqueue(change, user_id, row.host, row.address, row.version)
 
 
-async def due_for_purge(connection: AsyncConnection, now: datetime, *, limit: int) -> list[int]:
+async def due_for_purge(connection: AsyncConnection, now: datetime, *, limit: int, rights: Rights = API) -> list[int]:
+    columns = rights.users.c
     due = (
-        select(users.c.id)
-        .where(users.c.purge_at <= now, users.c.purged_at.is_(None))
-        .order_by(users.c.purge_at)
+        select(columns.id)
+        .where(columns.purge_at <= now, columns.purged_at.is_(None))
+        .order_by(columns.purge_at)
         .limit(limit)
     )
     return list((await connection.execute(due)).scalars())
 
 
-async def _lock(change: Change, user_id: int, expected_version: int | None) -> Row[Any]:
-    row = (
-        await change.connection.execute(select(*_READABLE).where(users.c.id == user_id).with_for_update())
-    ).one_or_none()
+async def _lock(change: Change, user_id: int, expected_version: int | None, table: Table = users) -> Row[Any]:
+    columns = [column for column in table.c if column.name != "password_hash"]
+    query: Select[Any] = select(*columns).where(table.c.id == user_id).with_for_update()
+    row = (await change.connection.execute(query)).one_or_none()
     if row is None:
         raise _missing(user_id)
     if expected_version is not None and row.version != expected_version:
@@ -270,12 +287,19 @@ async def _lock(change: Change, user_id: int, expected_version: int | None) -> R
 
 
 async def _update(
-    change: Change, row: Row[Any], values: dict[str, Any], action: str, *, before: dict[str, Any], after: dict[str, Any]
+    change: Change,
+    row: Row[Any],
+    values: dict[str, Any],
+    action: str,
+    *,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    table: Table = users,
 ) -> None:
     version = row.version + 1
     try:
         await change.connection.execute(
-            update(users).where(users.c.id == row.id).values(**values, version=version, updated_at=change.now)
+            update(table).where(table.c.id == row.id).values(**values, version=version, updated_at=change.now)
         )
     except IntegrityError as error:
         raise await _named(change.connection, error, values.get("external_id")) from None

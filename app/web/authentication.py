@@ -1,7 +1,6 @@
 """Who is calling: HTTP Basic with client id and secret (RFC 7617), or a Bearer token (RFC 6750) of ours."""
 
 import base64
-import binascii
 from collections import OrderedDict
 from datetime import datetime, timedelta
 from ipaddress import ip_address
@@ -48,7 +47,9 @@ class Authenticator:
 
     async def by_secret(self, request: Request, client_id: str, secret: str) -> Principal:
         if request.url.scheme != "https" and not _from_loopback(request):
-            raise Unauthenticated("A secret is taken over TLS or from this machine only. Consider this one as read by others.")
+            raise Unauthenticated(
+                "A secret is taken over TLS or from this machine only. Consider this one as read by others."
+            )
         row = await self._row(client_id)
         if not secret_matches(secret, row.secret_hash if row else None) or row is None:
             raise Unauthenticated("Client id or secret is wrong, or the client is disabled.")
@@ -88,8 +89,7 @@ class Authenticator:
             return known[1]
         if not client_id.isascii() or len(client_id) > 40:
             return None
-        async with self._database.read.connect() as connection:
-            row = await read_principal(connection, client_id)
+        row = await self._database.reading(read_principal, client_id)
         if row is not None and row.state != PrincipalState.ACTIVE:
             row = None
         self._rows[client_id] = (now, row)
@@ -102,7 +102,7 @@ class Authenticator:
 def parse_basic(value: str) -> tuple[str, str]:
     try:
         client_id, colon, secret = base64.b64decode(value.strip(), validate=True).decode("ascii").partition(":")
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # not base64, or not ASCII on either side of it
         raise Unauthenticated("The Basic credentials cannot be read.") from None
     if not colon:
         raise Unauthenticated("The Basic credentials cannot be read.")

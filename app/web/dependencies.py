@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from fastapi import Depends
+from fastapi import Depends, params
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from sqlalchemy.exc import DBAPIError
@@ -20,13 +20,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.config import ApiSettings
-from app.db import Clock, Database, is_busy
+from app.db import Clock, Database, is_busy, is_lost
 from app.errors import Forbidden
 from app.permissions import Permission, Principal
 from app.queue.wake import wake
 from app.services.changes import Actor, Change
 from app.web.authentication import Authenticator
 from app.web.idempotency import idempotency_key, once, request_hash
+from app.web.problems import WrongMediaType
 from app.web.waiting import JobWaiter
 
 P = ParamSpec("P")
@@ -72,8 +73,7 @@ class Call:
         self, function: Callable[Concatenate[AsyncConnection, P], Awaitable[R]], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Calls a reading service function on a connection that is given back before the answer is made."""
-        async with self.service.database.read.connect() as connection:
-            return await function(connection, *args, **kwargs)
+        return await self.service.database.reading(function, *args, **kwargs)
 
     async def write(
         self, function: Callable[Concatenate[Change, P], Awaitable[Any]], *args: P.args, **kwargs: P.kwargs
@@ -87,17 +87,21 @@ class Call:
         host = self.request.client.host if self.request.client else ""
         actor = Actor(self.principal.id, host, self.request.scope["request_id"])
         for attempt in range(1, TRIES + 1):
+            committing = False
             try:
-                async with self.service.database.write.begin() as connection:
+                async with self.service.database.write.connect() as connection, connection.begin():
                     change = Change(connection, actor, self.service.clock())
                     if key is None:
                         made = await function(change, *args, **kwargs)
                     else:
                         made, first = await once(change, key, said, lambda: function(change, *args, **kwargs))
                         self.replayed = not first
+                    committing = True
                 break
             except DBAPIError as error:
-                if not is_busy(error) or attempt == TRIES:
+                # A connection that is lost while it commits may have committed; before that it cannot have.
+                passing = is_busy(error) or (is_lost(error) and not committing)
+                if not passing or attempt == TRIES:
                     raise
                 await asyncio.sleep(random.random() * 0.02 * attempt)  # noqa: S311  spreads retries, guards nothing
         wake_workers(self.service.settings.wake_directory)
@@ -107,6 +111,15 @@ class Call:
 def wake_workers(directory: Path) -> None:
     for socket in directory.glob("*.wake"):
         wake(directory, socket.stem)
+
+
+def _is_json(request: Request) -> bool:
+    """Also when there is no body and so no type: what is missing is named then."""
+    given = request.headers.get("content-type")
+    if given is None:
+        return request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers
+    kind = given.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 class Needs:
@@ -142,9 +155,10 @@ class Route(APIRoute):
             raise TypeError(f"{path}: declare exactly one permission, or PUBLIC")
         extra: dict[str, Any] = {}
         if needs:
-            extra["security"] = [{"client_credentials": []}, {"basic": []}, {"bearer": []}]
+            extra["security"] = [{"basic": []}, {"client_credentials": []}]
             extra["x-permission"] = needs[0].permission.value if needs[0].permission else "any client"
         self.openapi_extra = {**extra, **(self.openapi_extra or {})}
+        self._takes_json = self.body_field is not None and not isinstance(self.body_field.field_info, params.Form)
         self._parameters = {field.alias for field in self.dependant.query_params}
         for dependency in self.dependant.dependencies:
             self._parameters |= {field.alias for field in dependency.query_params}
@@ -161,6 +175,8 @@ class Route(APIRoute):
                     raise RequestValidationError(
                         [{"type": "unknown", "loc": ("query", name[:64]), "msg": message} for name in unknown[:5]]
                     )
+            if self._takes_json and not _is_json(request):
+                raise WrongMediaType
             return await handle(request)
 
         return strict

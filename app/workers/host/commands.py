@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from app.addresses import MailAddress
 from app.workers.host.fs import HostError
@@ -70,51 +70,53 @@ async def run(
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
     if mail_config is not None:
         environment["MAIL_CONFIG"] = str(mail_config)
-    pipe = asyncio.subprocess.PIPE
-    starting = asyncio.ensure_future(
-        asyncio.create_subprocess_exec(
-            *argv, stdin=pipe, stdout=pipe, stderr=pipe, cwd="/", env=environment, start_new_session=True
-        )
+    loop = asyncio.get_running_loop()
+    starting = loop.create_task(
+        loop.subprocess_exec(lambda: _Listener(argv, limit), *argv, cwd="/", env=environment, start_new_session=True)
     )
     try:
         async with asyncio.timeout(seconds):
             # Shielded, since asyncio kills the program alone, and not its group, if it is cancelled while it starts it.
-            process = await asyncio.shield(starting)
-            assert process.stdin and process.stdout and process.stderr  # noqa: S101, PT018 - tells mypy what PIPE means
-            _, stdout, stderr = await asyncio.gather(
-                _feed(process.stdin, stdin),
-                _drain(argv, process.stdout, limit),
-                _drain(argv, process.stderr, limit),
-            )
-            return Output(await process.wait(), stdout, stderr)
+            program, listener = await asyncio.shield(starting)
+            feed = cast(asyncio.WriteTransport, program.get_pipe_transport(0))
+            feed.write(stdin)
+            feed.close()  # once all is written; a program need not read it
+            await listener.done
+            program.close()  # Else it warns (ResourceWarning) when it is collected.
+            return Output(cast(int, program.get_returncode()), bytes(listener.heard[1]), bytes(listener.heard[2]))
     except BaseException as error:
-        process = await starting
+        program, listener = await starting
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        # asyncio's wait() waits for the pipes too, which a process that left the group could keep open for ever.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                await process.wait()
+            os.killpg(program.get_pid(), signal.SIGKILL)
+        program.close()  # Not left to the end of file, which a process that left the group could withhold for ever.
+        await listener.exited.wait()
         if isinstance(error, TimeoutError):
             raise CommandFailed(argv, f"was killed after {seconds:g} seconds") from error
         raise
 
 
-async def _feed(pipe: asyncio.StreamWriter, data: bytes) -> None:
-    with suppress(ConnectionError):  # A program need not read all, or any, of its input.
-        pipe.write(data)
-        await pipe.drain()
-        pipe.close()
-        await pipe.wait_closed()
+class _Listener(asyncio.SubprocessProtocol):
+    """Keeps what a program prints. `done` when it has ended and all is read, or as soon as it is too much."""
 
+    def __init__(self, argv: Sequence[str], limit: int) -> None:
+        self._argv, self._limit = argv, limit
+        self.heard = {1: bytearray(), 2: bytearray()}
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.exited = asyncio.Event()
 
-async def _drain(argv: Sequence[str], pipe: asyncio.StreamReader, limit: int) -> bytes:
-    data = bytearray()
-    while chunk := await pipe.read(65536):
-        data += chunk
-        if len(data) > limit:
-            raise CommandFailed(argv, f"was killed because it printed more than {limit} bytes")
-    return bytes(data)
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        if not self.done.done():
+            self.heard[fd] += data
+            if len(self.heard[fd]) > self._limit:
+                said = f"was killed because it printed more than {self._limit} bytes"
+                self.done.set_exception(CommandFailed(self._argv, said))
+
+    def process_exited(self) -> None:
+        self.exited.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
 
 
 @dataclass(frozen=True, slots=True)

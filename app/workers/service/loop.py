@@ -20,7 +20,7 @@ from app.models.idempotency_keys import idempotency_keys
 from app.queue.claim import prune
 from app.queue.wake import Listener, wake
 from app.services.changes import Actor, Change
-from app.services.users import due_for_purge, purge_user
+from app.services.users import API, SERVICE, due_for_purge, purge_user
 
 KEEP_KEYS = timedelta(hours=24)
 BATCH = 100
@@ -54,12 +54,13 @@ async def run_service(settings: ServiceSettings, *, clock: Clock = utc_now) -> N
 
 async def run_due(database: Database, settings: ServiceSettings, now: datetime) -> None:
     """One round: everything whose time has come."""
+    rights = API if database.dialect == "sqlite" else SERVICE  # views cannot be written through on SQLite
     async with database.read.connect() as connection:
-        due = await due_for_purge(connection, now, limit=BATCH)
+        due = await due_for_purge(connection, now, limit=BATCH, rights=rights)
     for user_id in due:
         actor = Actor("service", "", f"purge-{secrets.token_hex(6)}")
         async with database.write.begin() as connection:
-            await purge_user(Change(connection, actor, now), user_id)
+            await purge_user(Change(connection, actor, now), user_id, rights=rights)
         log.info("user_purged", user_id=user_id, request_id=actor.request_id)
     if due:
         for socket in settings.wake_directory.glob("*.wake"):

@@ -1,0 +1,68 @@
+-- What each process may do in the database. Run it by an administrator, after the schema has been made or migrated:
+--
+--     cacert-mail db upgrade && mariadb cacertusers < deploy/mariadb/grants.sql
+--
+-- Running it again is safe: everything is taken back first, and then given. In between, for some milliseconds, requests are
+-- refused and tried again. New users are locked, and no password fits; give each one, and unlock it, by hand:
+--
+--     ALTER USER 'api'@'%' IDENTIFIED BY '...' ACCOUNT UNLOCK;
+--
+-- A second run keeps password and state. '%' because API and mail hosts may be other machines; a firewall says which.
+-- Roles and grants to PUBLIC are not used here and would not be taken back.
+
+CREATE USER IF NOT EXISTS 'api'@'%' IDENTIFIED VIA mysql_native_password USING 'invalid' ACCOUNT LOCK;
+CREATE USER IF NOT EXISTS 'worker'@'%' IDENTIFIED VIA mysql_native_password USING 'invalid' ACCOUNT LOCK;
+CREATE USER IF NOT EXISTS 'service'@'%' IDENTIFIED VIA mysql_native_password USING 'invalid' ACCOUNT LOCK;
+CREATE USER IF NOT EXISTS 'postfix'@'%' IDENTIFIED VIA mysql_native_password USING 'invalid' ACCOUNT LOCK;
+CREATE USER IF NOT EXISTS 'dovecot'@'%' IDENTIFIED VIA mysql_native_password USING 'invalid' ACCOUNT LOCK;
+
+REVOKE ALL PRIVILEGES, GRANT OPTION FROM 'api'@'%', 'worker'@'%', 'service'@'%', 'postfix'@'%', 'dovecot'@'%';
+
+-- api: writes what should be, asks for work, and never touches its progress.
+GRANT SELECT, INSERT, UPDATE, DELETE ON cacertusers.domains TO 'api'@'%';
+GRANT SELECT, INSERT, UPDATE, DELETE ON cacertusers.hosts TO 'api'@'%';
+GRANT SELECT, INSERT, UPDATE ON cacertusers.addresses TO 'api'@'%';
+GRANT SELECT, INSERT, UPDATE ON cacertusers.users TO 'api'@'%';
+GRANT SELECT, INSERT, UPDATE ON cacertusers.principals TO 'api'@'%';
+GRANT SELECT ON cacertusers.applied TO 'api'@'%';
+GRANT SELECT ON cacertusers.host_status TO 'api'@'%';
+GRANT SELECT, INSERT (host, lane, kind, subject_id, version, request_id, run_at, created_at)
+    ON cacertusers.jobs TO 'api'@'%';
+GRANT SELECT, INSERT ON cacertusers.audit_events TO 'api'@'%';
+GRANT SELECT, INSERT, UPDATE (subject_id, subject_name) ON cacertusers.idempotency_keys TO 'api'@'%';
+GRANT SELECT ON cacertusers.alembic_version TO 'api'@'%';
+
+-- worker: root on a mail host. Sees accounts without their secrets, and writes what is.
+GRANT SELECT ON cacertusers.worker_users TO 'worker'@'%';
+GRANT SELECT ON cacertusers.domains TO 'worker'@'%';
+GRANT SELECT ON cacertusers.hosts TO 'worker'@'%';
+GRANT SELECT, UPDATE (state, run_at, attempts, fence, lease_until, running_lane, error, finished_at)
+    ON cacertusers.jobs TO 'worker'@'%';
+GRANT SELECT, INSERT, UPDATE ON cacertusers.applied TO 'worker'@'%';
+GRANT SELECT, INSERT, UPDATE ON cacertusers.host_status TO 'worker'@'%';
+GRANT SELECT ON cacertusers.alembic_version TO 'worker'@'%';
+
+-- service: the queue's other consumer; prunes, and purges deleted accounts. It can clear a password hash, but not read one.
+GRANT SELECT, DELETE,
+    INSERT (host, lane, kind, subject_id, version, request_id, run_at, created_at),
+    UPDATE (state, run_at, attempts, fence, lease_until, running_lane, error, finished_at)
+    ON cacertusers.jobs TO 'service'@'%';
+-- Nothing on `users`: with SELECT on any one column of a table, MariaDB's HANDLER reads its whole rows.
+GRANT SELECT,
+    UPDATE (display_name, contact_address, external_id, suspended_reason, version, updated_at, purged_at)
+    ON cacertusers.service_users TO 'service'@'%';
+GRANT SELECT (id), UPDATE (password_hash) ON cacertusers.service_purged TO 'service'@'%';
+GRANT SELECT ON cacertusers.domains TO 'service'@'%';
+GRANT SELECT ON cacertusers.hosts TO 'service'@'%';
+GRANT SELECT ON cacertusers.addresses TO 'service'@'%';
+GRANT SELECT ON cacertusers.applied TO 'service'@'%';
+GRANT SELECT ON cacertusers.host_status TO 'service'@'%';
+GRANT SELECT, INSERT ON cacertusers.audit_events TO 'service'@'%';
+GRANT SELECT, DELETE ON cacertusers.idempotency_keys TO 'service'@'%';
+GRANT SELECT ON cacertusers.alembic_version TO 'service'@'%';
+
+-- Postfix and Dovecot: their own lookups.
+GRANT SELECT ON cacertusers.postfix_recipients TO 'postfix'@'%';
+GRANT SELECT ON cacertusers.postfix_virtual_domains TO 'postfix'@'%';
+GRANT SELECT ON cacertusers.dovecot_users TO 'dovecot'@'%';
+GRANT SELECT ON cacertusers.dovecot_passwords TO 'dovecot'@'%';

@@ -1,0 +1,127 @@
+import ipaddress
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from app.mailconfig.hosts import HostFile, HostSettings
+
+MINIMAL: dict[str, Any] = {
+    "host": "mail",
+    "hostname": "mail.cacert.test",
+    "tls_certificate": "/etc/ssl/mail.pem",
+    "tls_key": "/etc/ssl/mail.key",
+    "postfix_password": "one",
+    "dovecot_password": "two",
+}
+PATHS = [name for name, field in HostFile.model_fields.items() if "Path" in str(field.annotation)]
+# What speaks in one of the files: main.cf, master.cf, map files, dovecot.conf, dovecot-sql.conf.ext, or SQL.
+HOSTILE = ["\n", "\r", "\x00", "\x7f", '"', "'", "`", "\\", "$", "%", "#", " ", "\t", "{", "<", ";", ",", "ü", "\u2028"]
+
+
+def test_minimal_file_means_debian() -> None:
+    file = HostFile(**MINIMAL)
+    assert file.trusted_networks == ()
+    assert str(file.homes) == "/home"
+    assert len(PATHS) == 12
+
+
+@pytest.mark.parametrize("special", HOSTILE)
+@pytest.mark.parametrize("name", ["host", "hostname", "relay_host", "database_host", *PATHS])
+def test_no_special_character_in_a_name_or_path(name: str, special: str) -> None:
+    good = "/srv/mail" if name in PATHS else "mail.cacert.test"
+    HostFile(**{**MINIMAL, name: good})
+    for text in (good + special, special + good, good[:5] + special + good[5:]):
+        with pytest.raises(ValidationError, match=rf"^\d+ validation errors? for HostFile\n{name}"):
+            HostFile(**{**MINIMAL, name: text})
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("path", ["", "relative", "/", "/etc/../root", "/etc/.hidden", "-c", "/etc/-c/.."])
+def test_path_is_absolute_and_plain(name: str, path: str) -> None:
+    with pytest.raises(ValidationError, match=name):
+        HostFile(**{**MINIMAL, name: path})
+
+
+@pytest.mark.parametrize("special", ["\n", "\r", "\x00", '"', "'", "`", "\\", "$", "%", "#", " ", "\t", "ü"])
+@pytest.mark.parametrize("name", ["postfix_password", "dovecot_password"])
+def test_password_that_a_file_would_read_otherwise(name: str, special: str) -> None:
+    for password in (special, "good" + special, special + "good"):
+        with pytest.raises(ValidationError, match=name) as refused:
+            HostFile(**{**MINIMAL, name: password})
+        assert "good" not in str(refused.value)
+
+
+def test_password_is_never_shown() -> None:
+    file = HostFile(**{**MINIMAL, "postfix_password": "visible?"})
+    assert "visible" not in repr(file) + str(file) + str(file.model_dump()) + file.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("trusted_networks", ["127.0.0.1/8"]),  # host bits: somebody meant something else
+        ("trusted_networks", ["0.0.0.0/0\nx"]),
+        ("trusted_networks", ["all"]),
+        ("listen", ["*"]),
+        ("listen", ["mail.cacert.test"]),
+        ("relay_host", "localhost"),
+        ("relay_port", 0),
+        ("database_port", 65536),
+        ("uid_first", 0),
+        ("uid_first", 999),
+        ("uid_last", 2**31),
+        ("host", "Mail"),
+        ("host", "-"),
+        ("host", "a" * 65),
+        ("unknown", 1),
+    ],
+)
+def test_bad_value_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ValidationError, match=name):
+        HostFile(**{**MINIMAL, name: value})
+
+
+def test_uid_range_ascends() -> None:
+    with pytest.raises(ValidationError, match="uid_last is below uid_first"):
+        HostFile(**MINIMAL, uid_first=5000, uid_last=4999)
+
+
+def test_networks_and_addresses_are_parsed() -> None:
+    file = HostFile(
+        **MINIMAL, trusted_networks=("192.0.2.0/24", "2001:db8::/32"), listen=("::1",), relay_host="192.0.2.1"
+    )
+    assert file.trusted_networks[1] == ipaddress.ip_network("2001:db8::/32")
+    assert file.relay_host == ipaddress.ip_address("192.0.2.1")
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"smtp_port": 0}, "smtp_port"),
+        ({"smtp_port": 65536}, "smtp_port"),
+        ({"smtp_port": "25"}, "smtp_port"),
+        ({"smtp_port": "25 -o mynetworks=0.0.0.0/0"}, "smtp_port"),
+        ({"smtp_port": True}, "smtp_port"),
+        ({"smtp_port": None}, "smtp_port"),
+        ({"imap_port": 993}, "two of the ports are the same"),
+        ({"pop3_enabled": "yes"}, "pop3_enabled"),
+        ({"message_size_limit": 65_535}, "message_size_limit"),
+        ({"message_size_limit": 2**30 + 1}, "message_size_limit"),
+        ({"mynetworks": "0.0.0.0/0"}, "mynetworks"),
+        ({"trusted_networks": ["0.0.0.0/0"]}, "trusted_networks"),
+        ({"extra": "x"}, "extra"),
+    ],
+)
+def test_row_of_a_host_is_numbers_and_switches_only(settings: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        HostSettings.model_validate(settings)
+
+
+def test_empty_row_is_enough() -> None:
+    assert HostSettings.model_validate({}).smtp_port == 25
+
+
+def test_no_text_in_a_row() -> None:
+    """A string would need the checks that a file's strings have."""
+    assert {field.annotation for field in HostSettings.model_fields.values()} <= {int, bool}
