@@ -95,7 +95,9 @@ class Selector(_Parsed):
     def parse(cls, text: str) -> str:
         lower = text.lower()
         if not text.isascii() or len(text) > 63 or not _SELECTOR.match(lower):
-            raise BadAddress("A selector is labels of a-z, 0-9 and inner hyphens, joined by dots, at most 63 characters.")
+            raise BadAddress(
+                "A selector is labels of a-z, 0-9 and inner hyphens, joined by dots, at most 63 characters."
+            )
         return lower
 
 

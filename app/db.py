@@ -30,7 +30,27 @@ SQLITE_BUSY_SECONDS = 5
 _RETRY = {1205, 1213, 1020}
 """MariaDB: lock wait timeout, deadlock (and Galera's certification conflict), record changed."""
 
-_LOST = {1040, 1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1184, 1203, 1226, 1927, 2002, 2003, 2006, 2013, 2014, 2055}
+_LOST = {
+    1040,
+    1053,
+    1077,
+    1079,
+    1152,
+    1158,
+    1159,
+    1160,
+    1161,
+    1184,
+    1203,
+    1226,
+    1927,
+    2002,
+    2003,
+    2006,
+    2013,
+    2014,
+    2055,
+}
 """MariaDB: too many connections, shutting down, aborted, killed, refused, gone."""
 
 

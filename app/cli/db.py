@@ -1,13 +1,14 @@
 """`cacert-mail db upgrade`: the schema."""
 
+import logging
 from pathlib import Path
 
-from sqlalchemy import Connection, inspect
-
-from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, inspect
+
+from alembic import command
 from app.db import Database
 
 _ALEMBIC = Path(__file__).resolve().parents[2] / "alembic"
@@ -43,6 +44,8 @@ def migrate(connection: Connection) -> tuple[str | None, str | None]:
             f"The database is at revision {before}, which this release does not know: it was made by a later one. "
             "Nothing was changed. Run the later release."
         )
+    # MariaDB names no primary key, and the driver logs a warning each time that Alembic names one.
+    logging.getLogger("asyncmy").setLevel(logging.ERROR)
     command.upgrade(_config(connection), "head")
     return before, scripts.get_current_head()
 

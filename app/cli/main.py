@@ -157,7 +157,9 @@ def upgrade() -> None:
         raise stop(str(error)) from None
     except (DBAPIError, OSError) as error:
         raise stop(f"The database cannot be reached or refused: {getattr(error, 'orig', error)}") from None
-    typer.echo(f"The schema is at {after}." if before == after else f"The schema went from {before or 'nothing'} to {after}.")
+    typer.echo(
+        f"The schema is at {after}." if before == after else f"The schema went from {before or 'nothing'} to {after}."
+    )
 
 
 @keys.command("create")

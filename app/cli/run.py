@@ -50,7 +50,10 @@ def run_all() -> int:
         "DATABASE_URL": settings.database_url.get_secret_value(),
     }
     if (taken := _port_taken(settings.port)) is not None:
-        print(f"Port {settings.port} on 127.0.0.1 is taken: {taken}. Choose another one: make run PORT=8826", file=sys.stderr)
+        print(
+            f"Port {settings.port} on 127.0.0.1 is taken: {taken}. Choose another one: make run PORT=8826",
+            file=sys.stderr,
+        )
         return 1
     (VAR / "host").mkdir(mode=0o755, exist_ok=True)
     try:
@@ -148,7 +151,9 @@ def _answers(url: str, processes: list[subprocess.Popen[bytes]]) -> bool:
 
 def _explain(url: str, fresh: tuple[str, str] | None) -> None:
     credentials = '-u "$CLIENT_ID:$CLIENT_SECRET"'
-    body = '{"address": "alice@cacert.org", "display_name": "Alice", "password": "seven green lanterns over the harbour"}'
+    body = (
+        '{"address": "alice@cacert.org", "display_name": "Alice", "password": "seven green lanterns over the harbour"}'
+    )
     if fresh:
         print(f"\nThe first administrator (kept in {ADMINISTRATOR}, shown only now):")
         print(f"  CLIENT_ID={fresh[0]}\n  CLIENT_SECRET={fresh[1]}")
@@ -158,7 +163,10 @@ def _explain(url: str, fresh: tuple[str, str] | None) -> None:
         f"  curl -s {credentials} -H 'Prefer: wait=10' -H 'Content-Type: application/json' {url}/v1/users -d '{body}'"
     )
     print(f"  curl -s {credentials} {url}/v1/users/alice@cacert.org")
-    print(f"\nIts Maildir then lies in {VAR / 'host' / 'home' / 'alice' / 'Maildir'}. Ctrl-C stops everything.", flush=True)
+    print(
+        f"\nIts Maildir then lies in {VAR / 'host' / 'home' / 'alice' / 'Maildir'}. Ctrl-C stops everything.",
+        flush=True,
+    )
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:

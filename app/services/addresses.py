@@ -116,7 +116,9 @@ async def report_address(connection: AsyncConnection, address: MailAddress) -> A
         return AddressReport(address, status, detail, None if status is AddressStatus.ALIAS else row.subject_id)
     if address.local_part in RESERVED_LOCAL_PARTS:
         return AddressReport(address, AddressStatus.RESERVED, "Kept for the mail system (RFC 2142 and system users).")
-    kind = (await connection.execute(select(domains.c.kind).where(domains.c.name == address.domain))).scalar_one_or_none()
+    kind = (
+        await connection.execute(select(domains.c.kind).where(domains.c.name == address.domain))
+    ).scalar_one_or_none()
     if kind is None or kind == DomainKind.RELAY:
         return AddressReport(address, AddressStatus.NO_DOMAIN, f"{address.domain} is no domain with mailboxes here.")
     return AddressReport(address, AddressStatus.FREE, "Nobody has this address, and nobody had it.")

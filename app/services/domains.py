@@ -46,13 +46,15 @@ async def delete_domain(change: Change, name: DomainName) -> None:
     if domain.kind == DomainKind.PRIMARY:
         raise PrimaryDomainFixed(f"{name} is the primary domain. It cannot be deleted.")
     try:
-        await change.connection.execute(delete(domains).where(domains.c.id == domain.id))
+        result = await change.connection.execute(delete(domains).where(domains.c.id == domain.id))
     except IntegrityError as error:
         if is_reference(error):
             raise DomainInUse(
                 f"{name} has, or had, accounts. Their rows are kept so that no uid is given out twice, so the domain stays."
             ) from None
         raise
+    if result.rowcount == 0:
+        raise _missing(name)  # somebody deleted it since
     await record_event(change, "domains.delete", "domain", name, before={"name": name, "kind": domain.kind})
 
 
@@ -60,7 +62,7 @@ async def get_domain(connection: AsyncConnection, name: str | int) -> Row[Any]:
     column = domains.c.id if isinstance(name, int) else domains.c.name
     row = (await connection.execute(_BY_NAME.where(column == name))).one_or_none()
     if row is None:
-        raise NotFound(f"There is no domain {name} here. GET /v1/domains lists them; POST /v1/domains adds one.")
+        raise _missing(name)
     return row
 
 
@@ -73,3 +75,7 @@ async def list_domains(
     if after is not None:
         query = query.where(domains.c.id > after)
     return (await connection.execute(query)).all()
+
+
+def _missing(name: str | int) -> NotFound:
+    return NotFound(f"There is no domain {name} here. GET /v1/domains lists them; POST /v1/domains adds one.")

@@ -219,7 +219,9 @@ async def restore_user(change: Change, user_id: int, *, expected_version: int | 
     if row.state != UserState.DELETED:
         raise UserNotDeleted(f"User {user_id} is {row.state}, not deleted: there is nothing to restore.")
     if row.purged_at is not None:
-        raise UserPurged(f"User {user_id} was purged: the mail is gone. Create the account anew with `reuse_address: true`.")
+        raise UserPurged(
+            f"User {user_id} was purged: the mail is gone. Create the account anew with `reuse_address: true`."
+        )
     await reclaim_address(change.connection, MailAddress(row.address), user_id)
     values = {
         "state": UserState.ACTIVE.value,
@@ -232,9 +234,7 @@ async def restore_user(change: Change, user_id: int, *, expected_version: int | 
     return user_id
 
 
-async def purge_user(
-    change: Change, user_id: int, *, expected_version: int | None = None, rights: Rights = API
-) -> int:
+async def purge_user(change: Change, user_id: int, *, expected_version: int | None = None, rights: Rights = API) -> int:
     """Removes the archived mail and the personal fields of a deleted account. Cannot be undone. Twice is no change."""
     row = await _lock(change, user_id, expected_version, rights.users)
     if row.state != UserState.DELETED:
@@ -274,8 +274,8 @@ async def due_for_purge(connection: AsyncConnection, now: datetime, *, limit: in
 
 async def _lock(change: Change, user_id: int, expected_version: int | None, table: Table = users) -> Row[Any]:
     columns = [column for column in table.c if column.name != "password_hash"]
-    query: Select[Any] = select(*columns).where(table.c.id == user_id).with_for_update()
-    row = (await change.connection.execute(query)).one_or_none()
+    query = select(*columns).where(table.c.id == user_id).with_for_update()
+    row: Row[Any] | None = (await change.connection.execute(query)).one_or_none()
     if row is None:
         raise _missing(user_id)
     if expected_version is not None and row.version != expected_version:
@@ -389,7 +389,9 @@ async def list_users(
     if after is not None:
         query = query.where(users.c.id > after)
     if wanted.domain is not None:
-        query = query.where(users.c.domain_id == select(domains.c.id).where(domains.c.name == wanted.domain).scalar_subquery())
+        query = query.where(
+            users.c.domain_id == select(domains.c.id).where(domains.c.name == wanted.domain).scalar_subquery()
+        )
     rows = (await connection.execute(query)).all()
     latest = await _latest_jobs(connection, [row.id for row in rows if not is_ready(row)])
     return [UserRecord(row, is_ready(row), latest.get(row.id)) for row in rows]

@@ -141,7 +141,12 @@ async def test_a_successor_gets_an_empty_box_and_another_uid(site: Site) -> None
 
 async def test_hostile_recipients_are_refused_and_harm_nobody(site: Site) -> None:
     user = await site.create()
-    for hostile in (f"ü@{PRIMARY_DOMAIN}", f"'@{PRIMARY_DOMAIN}", f"%s@{PRIMARY_DOMAIN}", f"a' or '1'='1@{PRIMARY_DOMAIN}"):
+    for hostile in (
+        f"ü@{PRIMARY_DOMAIN}",
+        f"'@{PRIMARY_DOMAIN}",
+        f"%s@{PRIMARY_DOMAIN}",
+        f"a' or '1'='1@{PRIMARY_DOMAIN}",
+    ):
         assert await asyncio.to_thread(raw_rcpt, site, hostile) in (501, 550, 553, 554), hostile
         assert await send(site) == 250
     await arrived(site, user["home"], 4)

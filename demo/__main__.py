@@ -1,0 +1,252 @@
+"""`make demo`: one account's life, told line by line, with everything real. Root.
+
+A private MariaDB, Postfix and Dovecot, and our three processes as on a mail host, each under its own database user.
+Nothing outside two new directories in /dev/shm is touched, and nothing is left. It stays up until Ctrl-C; ONCE=1 ends it.
+"""
+
+import asyncio
+import imaplib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from app.cli.db import upgrade_database
+from app.credentials.tokens import create_request_key, create_signing_key
+from app.db import Database, utc_now
+from app.models.domains import DomainKind
+from app.permissions import Role
+from app.services.changes import Actor, Change
+from app.services.domains import create_domain
+from app.services.hosts import create_host
+from app.services.principals import create_principal
+from tests.stack import missing_packages
+from tests.stack.mail import HOST, PRIMARY_DOMAIN, MailStack
+from tests.stack.mariadb import MariaDB
+from tests.stack.processes import Processes, free_ports
+
+ALICE = f"alice@{PRIMARY_DOMAIN}"
+PASSWORD = "seven green lanterns over the harbour"
+SECOND_PASSWORD = "nine quiet otters under the bridge"
+
+
+class Demo:
+    """The running parts, and the clock between two lines of the story."""
+
+    def __init__(self) -> None:
+        self.mariadb, self.mail, self.processes = MariaDB(), MailStack(), Processes()
+        self.url = ""
+        self.credentials = ("", "")
+        self._started = time.perf_counter()
+
+    def start(self) -> None:
+        self.mariadb.start()
+        self.mariadb.create_database(lambda url: asyncio.run(_with(url, upgrade_database)))
+        self.mariadb.apply_grants()
+        self.mail.start(self.mariadb)
+        self.credentials = asyncio.run(_with(self.mariadb.url("api"), _prepare))
+        base = self.processes.directory
+        create_signing_key(base / "keys")
+        create_request_key(base / "keys")
+        [port] = free_ports(1)
+        self.url = f"http://127.0.0.1:{port}"
+        shared = {"WAKE_DIRECTORY": str(base), "LOG_LEVEL": "warning", "PYTHONPATH": str(Path.cwd())}
+        command = [sys.executable, "-m", "app.cli.main"]
+        self.processes.start(
+            [*command, "api"],
+            **shared,
+            DATABASE_URL=self.mariadb.url("api"),
+            PORT=str(port),
+            ISSUER=self.url,
+            KEY_DIRECTORY=str(base / "keys"),
+        )
+        self.processes.start(
+            [*command, "worker"],
+            **shared,
+            DATABASE_URL=self.mariadb.url("worker"),
+            MAIL_HOST=HOST,
+            HOST_ROOT=str(self.mail.host_root),
+            UID_FIRST=str(self.mail.file.uid_first),
+            UID_LAST=str(self.mail.file.uid_last),
+            LOCK_FILE=str(base / "worker.lock"),
+            POSTFIX_CONFIG=str(self.mail.postfix_config),
+            POSTFIX_RECIPIENTS=self.mail.recipients_map,
+            DOVECOT_CONFIG=str(self.mail.dovecot_config),
+        )
+        self.processes.start([*command, "service"], **shared, DATABASE_URL=self.mariadb.url("service"))
+        self._wait_for_api()
+
+    def _wait_for_api(self) -> None:
+        deadline = time.monotonic() + 20
+        with httpx.Client(base_url=self.url, auth=self.credentials, trust_env=False) as client:
+            while time.monotonic() < deadline:
+                try:
+                    if client.get(f"/v1/hosts/{HOST}").json()["started_at"]:
+                        return
+                except (httpx.TransportError, KeyError):
+                    pass
+                time.sleep(0.02)
+        raise RuntimeError("The API or the worker did not start.")
+
+    def close(self) -> None:
+        self.processes.close()
+        self.mail.close()
+        self.mariadb.close()
+
+    def line(self, text: str) -> None:
+        now = time.perf_counter()
+        print(f"{(now - self._started) * 1000:7.0f} ms  {text}", flush=True)
+        self._started = time.perf_counter()
+
+
+async def _with(url: str, function: Callable[[Database], Any]) -> Any:
+    database = Database(url)
+    try:
+        return await function(database)
+    finally:
+        await database.close()
+
+
+async def _prepare(database: Database) -> tuple[str, str]:
+    async with database.write.begin() as connection:
+        change = Change(connection, Actor("cacert-mail", "", "demo"), utc_now())
+        await create_domain(change, PRIMARY_DOMAIN, DomainKind.PRIMARY)
+        await create_host(change, HOST)
+        return await create_principal(change, "Demo", Role.PRIMARY)
+
+
+def tell(demo: Demo) -> None:
+    """The story. Each line is checked; the first that is not true ends it with an error."""
+    with httpx.Client(
+        base_url=demo.url, auth=demo.credentials, headers={"Prefer": "wait=20"}, timeout=30, trust_env=False
+    ) as client:
+
+        def ask(method: str, path: str, body: dict[str, Any] | None = None, *, wait: bool = True) -> dict[str, Any]:
+            answer = client.request(method, path, json=body, headers={} if wait else {"Prefer": "wait=0"})
+            answer.raise_for_status()
+            found: dict[str, Any] = answer.json()
+            expect(found["ready"] or not wait, f"{method} {path}: not ready: {found}")
+            return found
+
+        demo.line("MariaDB, Postfix, Dovecot, API, worker and service are up")
+        new = {"address": ALICE, "display_name": "Alice", "password": PASSWORD}
+        first = ask("POST", "/v1/users", new, wait=False)
+        demo.line(f"created: {ALICE} is account {first['id']}, version {first['version']}")
+        first = ask("GET", f"/v1/users/{ALICE}")
+        demo.line(f"ready: uid {first['uid']}, home {first['home']}")
+        for name, proof in first["proofs"].items():
+            print(f"            {name}: {proof['result']}, {proof['detail']}")
+        home = Path(first["home"])
+        expect(demo.mail.send(ALICE, "Welcome", "Hello Alice.\n") == 250, "the message was not taken")
+        demo.line("sent: a message by SMTP, taken with 250")
+        expect(subjects(demo, PASSWORD, 1) == ["Welcome"], "the message is not there")
+        demo.line("read: the message over IMAPS")
+        session = demo.mail.imap(ALICE, PASSWORD)
+        ask("PATCH", f"/v1/users/{ALICE}", {"state": "suspended", "suspended_reason": "Lost the phone"})
+        expect(closed(session), "the open session goes on")
+        expect(refused(demo, PASSWORD), "the login still works")
+        demo.line("suspended: the open session is gone, the login refused")
+        expect(demo.mail.send(ALICE, "While away", "Hello again.\n") == 250, "mail is not taken")
+        demo.mail.wait_for_mail(home, 2)
+        demo.line("           mail still arrives")
+        ask("DELETE", f"/v1/users/{ALICE}")
+        expect(demo.mail.send(ALICE, "Too late", "Hello?\n") == 550, "mail is still taken")
+        demo.line("deleted: mail is refused with 550, the mailbox is archived")
+        ask("POST", f"/v1/users/{first['id']}/restore")
+        expect(subjects(demo, PASSWORD, 2) == ["Welcome", "While away"], "the old mail is not there")
+        demo.line("restored: the old mail is there")
+        ask("DELETE", f"/v1/users/{ALICE}")
+        other = {**new, "display_name": "Another Alice", "password": SECOND_PASSWORD, "reuse_address": True}
+        second = ask("POST", "/v1/users", other)
+        expect(second["uid"] != first["uid"], "the uid was given out twice")
+        expect(subjects(demo, SECOND_PASSWORD, 0) == [], "the predecessor's mail is there")
+        expect(refused(demo, PASSWORD), "the predecessor's password works")
+        demo.line(f"taken by someone else: an empty box, uid {second['uid']}, the old password refused")
+
+
+def expect(true: bool, otherwise: str) -> None:
+    if not true:
+        raise RuntimeError(otherwise)
+
+
+def subjects(demo: Demo, password: str, count: int) -> list[str]:
+    imap = demo.mail.imap(ALICE, password)
+    try:
+        deadline = time.monotonic() + 10
+        while int((imap.select("INBOX")[1][0] or b"0").decode()) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        found = []
+        for number in imap.search(None, "ALL")[1][0].split():
+            part: Any = imap.fetch(number, "(BODY[HEADER.FIELDS (SUBJECT)])")[1]
+            found.append(part[0][1].decode().partition(":")[2].strip())
+        return found
+    finally:
+        imap.logout()
+
+
+def refused(demo: Demo, password: str) -> bool:
+    try:
+        demo.mail.imap(ALICE, password).logout()
+    except imaplib.IMAP4.error:
+        return True
+    return False
+
+
+def closed(session: imaplib.IMAP4_SSL) -> bool:
+    try:
+        session.noop()
+    except (imaplib.IMAP4.abort, OSError):
+        return True
+    finally:
+        session.shutdown()
+    return False
+
+
+def stay(demo: Demo) -> None:
+    ports = demo.mail.settings
+    client_id, secret = demo.credentials
+    print(
+        f"\nIt stays up until Ctrl-C.\n"
+        f"  API      {demo.url}/docs   client id {client_id}, secret {secret}\n"
+        f"  SMTP     127.0.0.1:{ports.smtp_port}\n"
+        f"  IMAPS    127.0.0.1:{ports.imaps_port}   POP3S 127.0.0.1:{ports.pop3s_port}   (CA: {demo.mail.ca_file})\n"
+        f"  login    {ALICE}, password: {SECOND_PASSWORD}\n"
+        f"  homes    {demo.mail.homes}",
+        flush=True,
+    )
+    signal.pause()
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    if missing := missing_packages():
+        print(f"The demo needs these Debian packages: {' '.join(missing)}", file=sys.stderr)
+        return 1
+    signal.signal(signal.SIGTERM, _interrupt)
+    demo = Demo()
+    try:
+        demo.start()
+        tell(demo)
+        if os.environ.get("ONCE") != "1":
+            stay(demo)
+    except KeyboardInterrupt:
+        pass
+    except (RuntimeError, httpx.HTTPError) as error:
+        print(f"That went wrong: {error}", file=sys.stderr)
+        return 1
+    finally:
+        demo.close()
+    print("Everything was stopped and removed.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
