@@ -45,9 +45,9 @@ class WorkerSettings(Settings):
     """The row of `hosts` that this machine is."""
     host_root: Path = Path("/")
     """Below it lies `home/`. Another directory than `/` is for trying things out without root."""
-    uid_first: Annotated[int, Field(ge=1000)] = 100_000
+    uid_first: Annotated[int, Field(ge=1000)] = 200_000
     """A mailbox has the uid and gid `UID_FIRST + id`."""
-    uid_last: Annotated[int, Field(le=4_294_967_293)] = 2_000_000_000
+    uid_last: Annotated[int, Field(le=2**31 - 1)] = 499_999
     lock_file: Path = Path("/run/cacert-mail/worker.lock")
     postfix_config: Path | None = None
     """Postfix's configuration directory. Unset: this host has no Postfix, and its proof reads `not configured`."""

@@ -105,7 +105,8 @@ def _mariadb(url: URL, ca_file: Path | None, pool_size: int, **options: Any) -> 
         "charset": "utf8mb4",
         "connect_timeout": 5,
         "init_command": (
-            f"SET time_zone = '+00:00', innodb_lock_wait_timeout = {LOCK_WAIT_SECONDS}, sql_mode = 'TRADITIONAL,NO_ENGINE_SUBSTITUTION'"
+            f"SET time_zone = '+00:00', innodb_lock_wait_timeout = {LOCK_WAIT_SECONDS},"
+            " sql_mode = 'TRADITIONAL,NO_ENGINE_SUBSTITUTION'"
         ),
     }
     if ca_file is not None:
@@ -188,5 +189,6 @@ def is_lock_timeout(error: DBAPIError) -> bool:
 def is_lost(error: BaseException) -> bool:
     """The database is away, or this connection to it is."""
     if isinstance(error, DBAPIError):
-        return error.connection_invalidated or _mariadb_errno(error) in _LOST
+        lost = _mariadb_errno(error) in _LOST or _sqlite_name(error) == "SQLITE_CANTOPEN"
+        return lost or error.connection_invalidated
     return isinstance(error, OSError | TimeoutError)

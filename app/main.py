@@ -20,9 +20,10 @@ from app.web.waiting import JobWaiter
 
 DESCRIPTION = """Provisions mail accounts on Postfix and Dovecot, and proves that each one works.
 
-**Sign in** with *Authorize*: client id and secret, either way. Every change answers with the resource, its `version` and
-whether the host is `ready` for it; send `Prefer: wait=10` to get the answer when it is. Errors are problems (RFC 9457)
-whose `type` is a page that says what to do."""
+**Sign in** with *Authorize*: client id and secret, either way; a reload of this page forgets them.
+
+Every change answers with the resource, its `version` and whether the host is `ready` for it; with `Prefer: wait=10` the
+answer comes when it is. Errors are problems (RFC 9457) whose `type` is [a page](/problems) that says what to do."""
 
 _TAGS = [
     {"name": "Users", "description": "Accounts with a mailbox."},
@@ -40,9 +41,9 @@ _SECURITY = {
     "client_credentials": {
         "type": "oauth2",
         "flows": {"clientCredentials": {"tokenUrl": "/oauth/token", "scopes": {}}},
+        "description": "Gets a token, good for ten minutes, and sends it as Bearer.",
     },
-    "basic": {"type": "http", "scheme": "basic", "description": "Client id and secret."},
-    "bearer": {"type": "http", "scheme": "bearer", "description": "A token from /oauth/token."},
+    "basic": {"type": "http", "scheme": "basic", "description": "Client id as the name, secret as the password."},
 }
 
 _PROBLEM = {
@@ -109,6 +110,7 @@ def build_app(**options: Any) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
         **options,
     )
     install(app)
@@ -131,10 +133,20 @@ def openapi(app: FastAPI) -> dict[str, Any]:
         for path in schema["paths"].values():
             for operation in path.values():
                 _describe_errors(operation)
+                _describe_parameters(operation)
         for unused in ("HTTPValidationError", "ValidationError"):
             components["schemas"].pop(unused, None)
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+def _describe_parameters(operation: dict[str, Any]) -> None:
+    """A parameter that may be left out is never null, whatever Python's type says."""
+    for parameter in operation.get("parameters", ()):
+        schema = parameter["schema"]
+        for choice in schema.pop("anyOf", ()):
+            if choice != {"type": "null"}:
+                schema.update(choice)
 
 
 def _describe_errors(operation: dict[str, Any]) -> None:
@@ -143,6 +155,13 @@ def _describe_errors(operation: dict[str, Any]) -> None:
     responses = operation["responses"]
     if "422" in responses:
         responses["422"] = {"description": "The request is not well formed; `errors` says where.", "content": content}
+    if "application/json" in operation.get("requestBody", {}).get("content", {}):
+        for status, title in (
+            ("400", "The body is not JSON."),
+            ("413", "It is too large."),
+            ("415", "It is not called JSON."),
+        ):
+            responses[status] = {"description": title, "content": content}
     permission = operation.get("x-permission")
     if permission is None:
         return
@@ -150,4 +169,7 @@ def _describe_errors(operation: dict[str, Any]) -> None:
     if permission != "any client":
         responses["403"] = {"description": f"The client lacks `{permission}`.", "content": content}
         operation["description"] = f"{operation.get('description', '')}\n\nNeeds `{permission}`.".strip()
-    responses["503"] = {"description": "The database is away. Nothing was changed.", "content": content}
+    responses["503"] = {
+        "description": "The database is away or too busy. Try again, best with the same Idempotency-Key.",
+        "content": content,
+    }

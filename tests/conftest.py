@@ -78,7 +78,7 @@ def mariadb_schema() -> Callable[[str], None]:
 @pytest.fixture(scope="session")
 def memory_directory() -> Iterator[Path]:
     """On tmpfs: commits of SQLite and files of the tests cost no disk. Others may pass through it."""
-    path = Path(tempfile.mkdtemp(prefix="cm-", dir="/dev/shm"))  # noqa: S108  private by mkdtemp
+    path = Path(tempfile.mkdtemp(prefix="cm-", dir="/dev/shm"))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)

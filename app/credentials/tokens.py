@@ -163,7 +163,7 @@ class TokenKeys:
         _require(claims.get("client_id", subject) == subject)
         issued_at, expires_at, generation = claims["iat"], claims["exp"], claims["generation"]
         _require(type(issued_at) is int and type(expires_at) is int and 0 < expires_at - issued_at <= LIFETIME)
-        _require(type(generation) is int and 0 <= generation)
+        _require(type(generation) is int and generation >= 0)
         return Claims(
             subject=subject,
             token_id=token_id,

@@ -2,14 +2,15 @@
 
 SECURITY: loaded by the worker (root). Writes the progress columns of `jobs`, and `applied`; trusts no row.
 
-A claim is one autocommitted compare-and-set. `UNIQUE(host, running_lane)` is the lane's lock: the second claim in a lane is
-a duplicate key, on SQLite and on every node of a Galera cluster alike (`SKIP LOCKED` is neither). Everything after the
-claim carries the fence that the claim raised; when no row changes, the lease is lost and the work's outcome is discarded.
+A claim is one autocommitted compare-and-set. `UNIQUE(host, running_lane)` is the lane's lock: the second claim in a
+lane is a duplicate key, on SQLite and on every node of a Galera cluster alike (`SKIP LOCKED` is neither). Everything
+after the claim carries the fence that the claim raised; when no row changes, the lease is lost and the work's outcome
+is discarded.
 """
 
 import random
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -23,7 +24,8 @@ from app.models.jobs import JobState, applied, jobs
 LEASE = timedelta(seconds=60)
 """How long a claim holds without a heartbeat."""
 
-MAX_ATTEMPTS = 8
+MAX_ATTEMPTS = 12
+"""Enough to reach `MAX_BACKOFF`: about ten minutes. What takes longer to pass is for the sweep."""
 MAX_BACKOFF = timedelta(minutes=5)
 CANDIDATES = 100
 
@@ -54,6 +56,10 @@ class Outcome:
     result: dict[str, Any]
 
 
+_CANDIDATE = [jobs.c[field.name] for field in fields(Claim)]
+"""No timestamp is read: whoever inserts jobs may leave one that is no date, and no row may stop the others."""
+
+
 class LeaseLost(Exception):
     """Another worker has the job by now. Stop; what was done is harmless, since handlers end in the same place."""
 
@@ -63,9 +69,10 @@ async def claim(database: Database, host: str, now: datetime, *, limit: int, kin
 
     Lanes that are at work are left out of the candidates, so that ten thousand jobs of one lane starve nobody.
     """
+    page = max(limit, CANDIDATES)
     busy = select(jobs.c.running_lane).where(jobs.c.host == host, jobs.c.state == JobState.RUNNING)
     due = (
-        select(jobs)
+        select(*_CANDIDATE)
         .where(
             jobs.c.host == host,
             jobs.c.state == JobState.READY,
@@ -74,31 +81,25 @@ async def claim(database: Database, host: str, now: datetime, *, limit: int, kin
             jobs.c.lane.not_in(busy),
         )
         .order_by(jobs.c.run_at, jobs.c.id)
-        .limit(max(limit, CANDIDATES))
+        .limit(page)
     )
     claims: list[Claim] = []
     lanes: set[str] = set()
     async with database.read.connect() as connection:
-        for row in (await connection.execute(due)).all():
-            if len(claims) == limit:
+        while len(claims) < limit:
+            rows = (await connection.execute(due)).all()
+            before = len(claims)
+            for row in rows:
+                if len(claims) == limit:
+                    break
+                if row.lane in lanes:
+                    continue
+                lanes.add(row.lane)
+                if await _take(connection, row, now):
+                    claims.append(Claim(**{**row._mapping, "attempts": row.attempts + 1, "fence": row.fence + 1}))
+            # A full page may have held few lanes. Those that we took are busy now, so the next page shows others.
+            if len(rows) < page or len(claims) == before:
                 break
-            if row.lane in lanes:
-                continue
-            lanes.add(row.lane)
-            if await _take(connection, row, now):
-                claims.append(
-                    Claim(
-                        row.id,
-                        row.host,
-                        row.lane,
-                        row.kind,
-                        row.subject_id,
-                        row.version,
-                        row.request_id,
-                        row.attempts + 1,
-                        row.fence + 1,
-                    )
-                )
     return claims
 
 
@@ -140,7 +141,11 @@ async def heartbeat(database: Database, claims: Sequence[Claim], now: datetime) 
     if not claims:
         return []
     fences = [(claim.id, claim.fence) for claim in claims]
-    held = and_(tuple_(jobs.c.id, jobs.c.fence).in_(fences), jobs.c.state == JobState.RUNNING)
+    held = and_(
+        jobs.c.id.in_([claim.id for claim in claims]),  # for SQLite, which would scan the table for pairs
+        tuple_(jobs.c.id, jobs.c.fence).in_(fences),
+        jobs.c.state == JobState.RUNNING,
+    )
     async with database.read.connect() as connection:
         await connection.execute(update(jobs).where(held).values(lease_until=now + LEASE))
         rows = await connection.execute(select(jobs.c.id).where(held))
@@ -211,7 +216,8 @@ async def _end(connection: AsyncConnection, claim: Claim, state: JobState, error
 
 
 def _short(error: str | None) -> str | None:
-    return None if error is None else error[:1000]
+    """As the column takes it. A file's name in a message may hold what is no text (`surrogateescape`)."""
+    return None if error is None else error.encode(errors="backslashreplace").decode()[:1000]
 
 
 async def record(
@@ -250,8 +256,8 @@ async def record(
 async def take_back(database: Database, host: str, now: datetime, *, all_running: bool = False) -> int:
     """Gives back the jobs whose lease has ended; with `all_running` (at the start, under the flock) all of this host.
 
-    The fence rises, so whoever still works on one can finish nothing. A job that was tried too often is dead instead: it
-    has most likely killed its worker each time.
+    The fence rises, so whoever still works on one can finish nothing. A job that was tried too often is dead instead:
+    it has most likely killed its worker each time.
     """
     taken = and_(jobs.c.host == host, jobs.c.state == JobState.RUNNING)
     if not all_running:

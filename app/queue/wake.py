@@ -11,7 +11,10 @@ from pathlib import Path
 
 def wake(directory: Path, host: str) -> None:
     """Never waits and never fails: a full or missing socket only costs the time until the next poll."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender:
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender,
+    ):
         sender.sendto(b"", str(directory / f"{host}.wake"))
 
 
@@ -29,7 +32,7 @@ class Listener:
 
     def _drain(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            while True:
+            for _ in range(100):  # whoever sends faster than we read must not keep the loop from its other work
                 self._socket.recv(1)
         self.event.set()
 

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Row
 from starlette.responses import Response
 
 from app.addresses import DomainName
@@ -39,7 +38,7 @@ class DomainBody(BaseModel):
     updated_at: datetime
 
     @staticmethod
-    def of(row: Row[Any]) -> "DomainBody":
+    def of(row: Any) -> "DomainBody":
         return DomainBody.model_construct(
             id=row.id,
             name=row.name,
@@ -56,7 +55,9 @@ class DomainList(BaseModel):
 
 
 class NewDomainBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"name": "example.org", "kind": "virtual"}]})
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"name": "example.org", "kind": "virtual"}]}
+    )
 
     name: DomainName
     kind: DomainKind = DomainKind.VIRTUAL
@@ -84,17 +85,22 @@ async def list_domains(
     limit: Limit = 50,
     cursor: NumberCursor = None,
 ) -> Response:
+    """In the order in which they were added."""
     rows = await call.read(service.list_domains, kind=kind, after=int(cursor) if cursor else None, limit=limit)
     return page_response(call.request, [DomainBody.of(row) for row in rows], rows[-1].id if rows else None, limit)
 
 
 @router.get("/{domain}", response_model=DomainBody, summary="Read a domain", responses={**NOT_FOUND, **NOT_MODIFIED})
 async def get_domain(domain: Name, call: CanReadDomains, if_none_match: IfNoneMatch = None) -> Response:
+    """Whether mailboxes are here (`primary`, `virtual`) or mail is passed on (`relay`)."""
     return await _answer(call, domain)
 
 
 @router.delete(
-    "/{domain}", status_code=204, summary="Remove a domain that never had an account", responses={**NOT_FOUND, **CONFLICT}
+    "/{domain}",
+    status_code=204,
+    summary="Remove a domain that never had an account",
+    responses={**NOT_FOUND, **CONFLICT},
 )
 async def delete_domain(domain: Name, call: CanWriteDomains) -> Response:
     """Not the primary one, and none that has or had accounts: their rows are kept."""

@@ -2,10 +2,10 @@
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
-from sqlalchemy import text
 from starlette.responses import Response
 
-from app.errors import Unavailable
+from app.routers.shapes import problem
+from app.services.health import check_schema
 from app.web.dependencies import PUBLIC, Route, Service
 
 router = APIRouter(tags=["Health"], route_class=Route, dependencies=[PUBLIC])
@@ -21,13 +21,14 @@ async def live() -> HealthBody:
     return HealthBody(status="ok")
 
 
-@router.get("/readyz", response_model=HealthBody, summary="Can it do its work?")
+@router.get(
+    "/readyz",
+    response_model=HealthBody,
+    summary="Can it do its work?",
+    responses={503: problem("It cannot.")},
+)
 async def ready(request: Request) -> Response | HealthBody:
     """The database answers and has our schema."""
     service: Service = request.app.state.service
-    try:
-        async with service.database.read.connect() as connection:
-            await connection.execute(text("SELECT version_num FROM alembic_version"))
-    except Exception as error:
-        raise Unavailable("The database does not answer, or has no schema: run `cacert-mail db upgrade`.") from error
+    await service.database.reading(check_schema)
     return HealthBody(status="ok")

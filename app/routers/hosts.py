@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import Row
 from starlette.responses import Response
 
 from app.routers.shapes import (
@@ -15,6 +14,7 @@ from app.routers.shapes import (
     NOT_MODIFIED,
     CanReadHosts,
     CanWriteHosts,
+    HostName,
     IdempotencyKey,
     IfMatch,
     IfNoneMatch,
@@ -27,8 +27,7 @@ from app.web.paging import Limit, NameCursor, page_response
 
 router = APIRouter(prefix="/v1/hosts", tags=["Hosts"], route_class=Route)
 
-HostName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?$")]
-Name = Annotated[str, Path(max_length=64, description="The host's name.")]
+Name = Annotated[HostName, Path(description="The host's name.")]
 
 
 class HostBody(BaseModel):
@@ -44,7 +43,7 @@ class HostBody(BaseModel):
     sweep: dict[str, Any] | None = Field(description="What the last sweep found and repaired.")
 
     @staticmethod
-    def of(row: Row[Any]) -> "HostBody":
+    def of(row: Any) -> "HostBody":
         return HostBody.model_construct(
             name=row.name,
             enabled=row.enabled,
@@ -80,7 +79,7 @@ class ChangedHostBody(BaseModel):
 async def _answer(call: Call, name: str, *, created: bool = False) -> Response:
     row = await call.read(service.get_host, name)
     location = f"/v1/hosts/{row.name}" if created else None
-    # The heartbeat changes all the time, so reading compares nothing: only the version counts, for If-Match.
+    # If-None-Match compares the heartbeat too, which carries what the sweep found; If-Match the version alone.
     tag = etag(row.version, int(row.heartbeat_at.timestamp() * 1000) if row.heartbeat_at else None)
     return answer(call, HostBody.of(row), status=201 if created else 200, tag=tag, location=location)
 
@@ -94,6 +93,7 @@ async def create_host(body: NewHostBody, call: CanWriteHosts, idempotency_key: I
 
 @router.get("", response_model=HostList, summary="List mail hosts")
 async def list_hosts(call: CanReadHosts, limit: Limit = 50, cursor: NameCursor = None) -> Response:
+    """By name, each with its worker's heartbeat and the result of its last sweep."""
     rows = await call.read(service.list_hosts, after=cursor, limit=limit)
     return page_response(call.request, [HostBody.of(row) for row in rows], rows[-1].name if rows else None, limit)
 
@@ -118,5 +118,6 @@ async def change_host(host: Name, body: ChangedHostBody, call: CanWriteHosts, if
     "/{host}", status_code=204, summary="Remove a host that never had a mailbox", responses={**NOT_FOUND, **CONFLICT}
 )
 async def delete_host(host: Name, call: CanWriteHosts) -> Response:
+    """Only one that never had an account: those that had keep it for ever, and are disabled instead."""
     await call.write(service.delete_host, host)
     return Response(status_code=204)

@@ -5,12 +5,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel
-from sqlalchemy import Row
 from starlette.responses import Response
 
 from app.models.jobs import JobState
 from app.queue.contracts import JobKind
-from app.routers.shapes import CONFLICT, NOT_FOUND, CanReadJobs, CanRetryJobs, IdempotencyKey
+from app.routers.shapes import CONFLICT, NOT_FOUND, CanReadJobs, CanRetryJobs, HostName, IdempotencyKey
 from app.services import jobs as service
 from app.web.answers import answer
 from app.web.dependencies import Call, Route
@@ -36,7 +35,7 @@ class JobDetail(BaseModel):
     finished_at: datetime | None
 
     @staticmethod
-    def of(row: Row[Any]) -> "JobDetail":
+    def of(row: Any) -> "JobDetail":
         values = {name: getattr(row, name) for name in JobDetail.model_fields}
         return JobDetail.model_construct(**{**values, "state": JobState(row.state)})
 
@@ -56,13 +55,13 @@ async def _answer(call: Call, job_id: int, *, created: bool = False) -> Response
 async def list_jobs(
     call: CanReadJobs,
     state: Annotated[JobState | None, Query(description="`dead`: those that need somebody.")] = None,
-    kind: JobKind | None = None,
-    host: Annotated[str | None, Query(max_length=64)] = None,
+    kind: Annotated[JobKind | None, Query(description="Only of this kind.")] = None,
+    host: Annotated[HostName | None, Query(description="Only of this host.")] = None,
     subject_id: Annotated[int | None, Query(ge=1, le=2**62, description="The account's id.")] = None,
     limit: Limit = 50,
     cursor: NumberCursor = None,
 ) -> Response:
-    """Newest first."""
+    """Newest first, with what each was asked for, how far it got and its last error."""
     after = int(cursor) if cursor else None
     rows = await call.read(
         service.list_jobs, state=state, kind=kind, host=host, subject_id=subject_id, after=after, limit=limit
@@ -72,6 +71,7 @@ async def list_jobs(
 
 @router.get("/{job}", response_model=JobDetail, summary="Read a job", responses=NOT_FOUND)
 async def get_job(job: JobId, call: CanReadJobs) -> Response:
+    """How far the host has got, how often it tried, and the last error. Finished jobs are kept for a while only."""
     return await _answer(call, job)
 
 

@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Path
-from pydantic import AfterValidator, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 from app.addresses import MailAddress
 from app.permissions import Permission
@@ -11,13 +11,19 @@ from app.web.dependencies import Call, Needs
 
 
 def problem(description: str) -> dict[str, Any]:
-    return {"description": description, "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
+    return {
+        "description": description,
+        "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }
 
 
 NOT_FOUND: dict[int | str, dict[str, Any]] = {404: problem("There is no such thing.")}
 CONFLICT: dict[int | str, dict[str, Any]] = {409: problem("Right in itself, but not in the present state.")}
 CHANGED: dict[int | str, dict[str, Any]] = {412: problem("If-Match: somebody changed it first.")}
 NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "If-None-Match: nothing changed."}}
+
+HostName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?$")]
+"""ASCII, as its column is: MariaDB answers anything else with an error, not with no row."""
 
 AnyCall = Annotated[Call, Depends(Needs(None))]
 CanReadUsers = Annotated[Call, Depends(Needs(Permission.USERS_READ))]
@@ -31,10 +37,24 @@ CanReadAddresses = Annotated[Call, Depends(Needs(Permission.ADDRESSES_READ))]
 CanReadJobs = Annotated[Call, Depends(Needs(Permission.JOBS_READ))]
 CanRetryJobs = Annotated[Call, Depends(Needs(Permission.JOBS_RETRY))]
 
-Prefer = Annotated[str | None, Header(description="`wait=N`: answer when the host is ready, at most after N seconds (30).")]
-IdempotencyKey = Annotated[str | None, Header(description="Up to 128 visible characters: sent again, it does nothing twice.")]
-IfMatch = Annotated[str | None, Header(description="The ETag of what you read: refused with 412 if it changed since.")]
-IfNoneMatch = Annotated[str | None, Header(description="The ETag that you have: 304 if it is still so.")]
+Prefer = Annotated[
+    str | None,
+    Header(
+        alias="Prefer",
+        description="`wait=N`: answer when the host is ready, at most after N seconds (30).",
+        json_schema_extra={"example": "wait=10"},
+    ),
+]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(alias="Idempotency-Key", description="Up to 128 visible characters: sent again, it does nothing twice."),
+]
+IfMatch = Annotated[
+    str | None, Header(alias="If-Match", description="The ETag of what you read: refused with 412 if it changed since.")
+]
+IfNoneMatch = Annotated[
+    str | None, Header(alias="If-None-Match", description="The ETag that you have: 304 if it is still so.")
+]
 
 
 def parse_key(text: str) -> MailAddress | int:

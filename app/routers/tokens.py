@@ -1,10 +1,10 @@
 """/oauth/token (RFC 6749, client credentials) and the keys that verify its tokens (RFC 7517). Errors as RFC 6749 has them."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SecretStr
 from starlette.responses import Response
 
 from app.errors import Unauthenticated
@@ -22,6 +22,17 @@ class TokenBody(BaseModel):
     scope: str = Field(description="The permissions that the token carries.")
 
 
+class RefusedBody(BaseModel):
+    """RFC 6749, section 5.2."""
+
+    error: Literal["invalid_request", "invalid_client", "unsupported_grant_type", "invalid_scope"]
+    error_description: str
+
+
+class Keys(BaseModel):
+    keys: list[dict[str, str]]
+
+
 _NO_STORE = {"Cache-Control": "no-store", "Pragma": "no-cache"}
 
 
@@ -30,25 +41,37 @@ def _refused(status: int, error: str, description: str) -> Response:
     return JSONResponse({"error": error, "error_description": description}, status, headers)
 
 
-@router.post("/oauth/token", response_model=TokenBody, summary="Get an access token", dependencies=[PUBLIC])
+@router.post(
+    "/oauth/token",
+    response_model=TokenBody,
+    summary="Get an access token",
+    dependencies=[PUBLIC],
+    responses={
+        400: {"model": RefusedBody, "description": "Another grant, or more scope than the client has."},
+        401: {"model": RefusedBody, "description": "Client id or secret is wrong, or the client is disabled."},
+    },
+)
 async def create_token(
     request: Request,
-    grant_type: Annotated[str, Form(description="`client_credentials`.", max_length=64)] = "",
-    scope: Annotated[str | None, Form(description="Fewer permissions than the client has, blank between.", max_length=2048)] = None,
-    client_id: Annotated[str | None, Form(max_length=64)] = None,
-    client_secret: Annotated[str | None, Form(max_length=128)] = None,
+    grant_type: Annotated[str, Form(description="`client_credentials`.", examples=["client_credentials"])] = "",
+    scope: Annotated[str | None, Form(description="Fewer permissions than the client has, blank between.")] = None,
+    client_id: Annotated[str | None, Form(description="Unless it comes by HTTP Basic.")] = None,
+    client_secret: Annotated[SecretStr | None, Form(description="Unless it comes by HTTP Basic.")] = None,
 ) -> Response:
     """Ten minutes' worth, for the client named by HTTP Basic or in the form."""
+    if not grant_type:
+        return _refused(400, "invalid_request", "Send a form with grant_type=client_credentials.")
     if grant_type != "client_credentials":
         return _refused(400, "unsupported_grant_type", "grant_type must be client_credentials.")
     service: Service = request.app.state.service
     authorization = request.headers.get("authorization", "")
     try:
+        secret = client_secret.get_secret_value() if client_secret else ""
         if authorization.lower().startswith("basic "):
-            client_id, client_secret = parse_basic(authorization[6:])
-        if not client_id or not client_secret:
+            client_id, secret = parse_basic(authorization[6:])
+        if not client_id or not secret:
             raise Unauthenticated("Send client id and secret, by HTTP Basic or as client_id and client_secret.")
-        principal = await service.authenticator.by_secret(request, client_id, client_secret)
+        principal = await service.authenticator.by_secret(request, client_id, secret)
     except Unauthenticated as error:
         return _refused(401, "invalid_client", error.detail)
     asked = None if not scope else frozenset(scope.split())
@@ -65,9 +88,10 @@ async def create_token(
     return JSONResponse(body, headers=_NO_STORE)
 
 
-@router.get("/.well-known/jwks.json", summary="The public keys of our tokens", dependencies=[PUBLIC])
+@router.get(
+    "/.well-known/jwks.json", response_model=Keys, summary="The public keys of our tokens", dependencies=[PUBLIC]
+)
 async def get_keys(request: Request) -> JSONResponse:
+    """A JWK Set (RFC 7517): whoever has it can verify a token, and make none."""
     service: Service = request.app.state.service
     return JSONResponse(service.authenticator.jwks(), headers={"Cache-Control": "public, max-age=300"})
-
-

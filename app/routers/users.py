@@ -22,6 +22,7 @@ from app.routers.shapes import (
     CanPurgeUsers,
     CanReadUsers,
     CanWriteUsers,
+    HostName,
     IdempotencyKey,
     IfMatch,
     IfNoneMatch,
@@ -61,6 +62,36 @@ class ProofBody(BaseModel):
 
 class UserBody(BaseModel):
     """An account as it should be, and how far the host has got."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": 17,
+                    "address": "alice@cacert.org",
+                    "display_name": "Alice Example",
+                    "contact_address": "alice@example.net",
+                    "external_id": None,
+                    "quota_bytes": None,
+                    "state": "active",
+                    "suspended_reason": None,
+                    "has_password": True,
+                    "host": "mail",
+                    "uid": 100017,
+                    "home": "/home/alice",
+                    "version": 1,
+                    "ready": True,
+                    "proofs": {name: {"result": "ok"} for name in ("maildir", "postfix", "dovecot", "sessions")},
+                    "job": None,
+                    "created_at": "2026-11-23T12:00:00Z",
+                    "updated_at": "2026-11-23T12:00:00Z",
+                    "deleted_at": None,
+                    "purge_at": None,
+                    "purged_at": None,
+                }
+            ]
+        }
+    )
 
     id: int
     address: str
@@ -136,11 +167,15 @@ class NewUserBody(BaseModel):
 
     address: MailAddress
     display_name: DisplayName = ""
-    contact_address: OutsideAddress | None = Field(None, description="Where password resets go; never the mailbox itself.")
+    contact_address: OutsideAddress | None = Field(
+        None, description="Where password resets go; never the mailbox itself."
+    )
     external_id: ExternalId | None = Field(None, description="Your own key for this person; unique.")
     quota_bytes: Quota | None = None
-    host: str | None = Field(None, max_length=64, description="The mail host; may be left out while there is only one.")
-    password: SecretStr | None = Field(None, max_length=256, description="Or `password_hash`; or neither: no login works.")
+    host: HostName | None = Field(None, description="The mail host; may be left out while there is only one.")
+    password: SecretStr | None = Field(
+        None, max_length=256, description="Or `password_hash`; or neither: no login works."
+    )
     password_hash: SecretStr | None = Field(None, max_length=500, description="A ready-made Dovecot hash, `{SCHEME}…`.")
     reuse_address: bool = Field(False, description="Take the address of a deleted account, on purpose.")
 
@@ -255,8 +290,10 @@ async def list_users(
     state: Annotated[UserState | None, Query(description="Without it: all but the deleted ones.")] = None,
     ready: Annotated[bool | None, Query(description="Whether the host reflects the wanted version.")] = None,
     q: Annotated[str | None, Query(max_length=100, description="Part of the address or the display name.")] = None,
-    external_id: Annotated[str | None, Query(max_length=128)] = None,
-    address: Annotated[MailAddress | None, Query(description="Exactly this one; finds deleted ones with state=deleted.")] = None,
+    external_id: Annotated[str | None, Query(max_length=128, description="Your own key for the person.")] = None,
+    address: Annotated[
+        MailAddress | None, Query(description="Exactly this one; finds deleted ones with state=deleted.")
+    ] = None,
     limit: Limit = 50,
     cursor: NumberCursor = None,
 ) -> Response:
@@ -279,7 +316,12 @@ async def get_user(
     "/{user}",
     response_model=UserBody,
     summary="Change, suspend or resume an account",
-    responses={202: {"model": UserBody, "description": "Accepted; the host is not ready yet."}, **NOT_FOUND, **CONFLICT, **CHANGED},
+    responses={
+        202: {"model": UserBody, "description": "Accepted; the host is not ready yet."},
+        **NOT_FOUND,
+        **CONFLICT,
+        **CHANGED,
+    },
 )
 async def change_user(
     user: UserKey, body: ChangedUserBody, call: CanWriteUsers, prefer: Prefer = None, if_match: IfMatch = None
@@ -309,7 +351,12 @@ async def delete_user(user: UserKey, call: CanWriteUsers, prefer: Prefer = None,
     "/{user}/restore",
     response_model=UserBody,
     summary="Restore a deleted account",
-    responses={202: {"model": UserBody, "description": "Accepted; the host is not ready yet."}, **NOT_FOUND, **CONFLICT, **CHANGED},
+    responses={
+        202: {"model": UserBody, "description": "Accepted; the host is not ready yet."},
+        **NOT_FOUND,
+        **CONFLICT,
+        **CHANGED,
+    },
 )
 async def restore_user(
     user: UserKey,
@@ -328,7 +375,12 @@ async def restore_user(
     "/{user}/purge",
     response_model=UserBody,
     summary="Purge a deleted account for good",
-    responses={202: {"model": UserBody, "description": "Accepted; the host is not ready yet."}, **NOT_FOUND, **CONFLICT, **CHANGED},
+    responses={
+        202: {"model": UserBody, "description": "Accepted; the host is not ready yet."},
+        **NOT_FOUND,
+        **CONFLICT,
+        **CHANGED,
+    },
 )
 async def purge_user(
     user: UserKey,

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Row, Select, String, Table, and_, insert, not_, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, String, Table, and_, func, insert, not_, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.addresses import MailAddress, OutsideAddress
-from app.db import duplicate_of, inserted_id
+from app.db import duplicate_of, inserted_id, is_reference
 from app.errors import (
     BadField,
     NotFound,
@@ -321,6 +321,8 @@ async def _enqueue(change: Change, user_id: int, host: str, address: str, versio
 
 
 async def _named(connection: AsyncConnection, error: IntegrityError, external_id: str | None) -> Exception:
+    if is_reference(error):
+        return BadField("The domain or the host was removed at this moment.", field="address")
     if duplicate_of(error) != "users_external_id":
         return error
     row = (
@@ -408,13 +410,11 @@ def _conditions(wanted: UserFilter) -> list[ColumnElement[bool]]:
     if wanted.external_id is not None:
         conditions.append(users.c.external_id == wanted.external_id)
     if wanted.q:
-        # LIKE is case-sensitive in these collations; addresses are lower case already.
-        conditions.append(
-            or_(
-                users.c.address.contains(wanted.q.lower(), autoescape=True),
-                users.c.display_name.contains(wanted.q, autoescape=True),
-            )
-        )
+        q = wanted.q.lower()
+        matches = [func.lower(users.c.display_name).contains(q, autoescape=True)]
+        if q.isascii():  # compared with an ascii column, anything else is an error on MariaDB
+            matches.append(users.c.address.contains(q, autoescape=True))
+        conditions.append(or_(*matches))
     if wanted.ready is not None:
         failed = applied.c.proofs.cast(String).contains('"result": "failed"')
         ready = and_(applied.c.version == users.c.version, not_(failed))

@@ -42,17 +42,21 @@ R = TypeVar("R", bound=Provable)
 async def settled(call: Call, read: Callable[[], Awaitable[R]]) -> tuple[R, bool]:
     """Reads the resource; while the caller prefers to wait, until it is ready or its job is dead.
 
-    Returns it and whether the wait was honoured.
+    Returns it and whether the wait was honoured. A job can be done and a proof fail: nothing is left to wait for then.
     """
     seconds = seconds_to_wait(call.request)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
+    done = 0
     while True:
         resource = await read()
-        left = deadline - loop.time()
-        if resource.ready or resource.job is None or resource.job.state == JobState.DEAD or left <= 0:
+        job, left = resource.job, deadline - loop.time()
+        if resource.ready or job is None or job.state == JobState.DEAD or job.id == done or left <= 0:
             return resource, seconds > 0
-        await call.service.waiter.wait(resource.job.id, left)
+        if job.state == JobState.DONE:
+            done = job.id  # it may have ended between the two queries of one reading, so read once more
+        else:
+            await call.service.waiter.wait(job.id, left)
 
 
 def answer(

@@ -19,7 +19,9 @@ def etag(version: int, revision: int | None) -> str:
 
 def not_modified(request: Request, tag: str) -> bool:
     given = request.headers.get("if-none-match")
-    return given is not None and (given.strip() == "*" or tag in (part.strip().removeprefix("W/") for part in given.split(",")))
+    return given is not None and (
+        given.strip() == "*" or tag in (part.strip().removeprefix("W/") for part in given.split(","))
+    )
 
 
 def expected_version(request: Request) -> int | None:

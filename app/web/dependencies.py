@@ -8,6 +8,7 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -94,7 +95,7 @@ class Call:
                     if key is None:
                         made = await function(change, *args, **kwargs)
                     else:
-                        made, first = await once(change, key, said, lambda: function(change, *args, **kwargs))
+                        made, first = await once(change, key, said, partial(function, change, *args, **kwargs))
                         self.replayed = not first
                     committing = True
                 break

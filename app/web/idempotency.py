@@ -36,9 +36,7 @@ async def request_hash(request: Request, secret: bytes) -> str:
     return hmac.new(secret, said, hashlib.sha256).hexdigest()
 
 
-async def once(
-    change: Change, key: str, said: str, make: Callable[[], Awaitable[int | str]]
-) -> tuple[int | str, bool]:
+async def once(change: Change, key: str, said: str, make: Callable[[], Awaitable[int | str]]) -> tuple[int | str, bool]:
     """Calls `make` unless this key was used before. Returns what it, or the first request, made; and whether it was the
     first."""
     mine = and_(idempotency_keys.c.principal_id == change.actor.principal_id, idempotency_keys.c.key == key)

@@ -1,4 +1,4 @@
-"""Around every request: an id, a log line, headers that are always right, and an answer whatever happens."""
+"""Around every request: an id, a log line, headers that are always right, an answer whatever happens; HEAD for GET."""
 
 import re
 import time
@@ -10,7 +10,8 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.log import log
-from app.web.problems import internal_error
+from app.web.dependencies import MAX_BODY
+from app.web.problems import internal_error, too_large
 
 _GIVEN_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}\Z")
 
@@ -36,6 +37,7 @@ class RequestEnvelope:
         request_id = _request_id(scope)
         scope["request_id"] = request_id
         status = 0
+        head = scope["method"] == "HEAD"
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -49,12 +51,16 @@ class RequestEnvelope:
                     headers.append(_DEFAULT_POLICY)
                 if b"cache-control" not in names:
                     headers.append(_NO_STORE)
+            elif head:
+                message = {**message, "body": b""}
             await send(message)
 
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
         try:
-            await self.app(scope, receive, send_with_headers)
+            # The routes stop reading at MAX_BODY; the framework would answer a length that is announced in plain text.
+            answer = too_large(Request(scope)) if _length(scope) > MAX_BODY else self.app
+            await answer({**scope, "method": "GET"} if head else scope, receive, send_with_headers)
         except Exception as error:
             if status:
                 raise
@@ -68,6 +74,13 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _GIVEN_ID.match(value):
             return str(value.decode())
     return token_hex(8)
+
+
+def _length(scope: Scope) -> int:
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            return int(value) if value.isdigit() else 0
+    return 0
 
 
 def _described(scope: Scope) -> dict[str, Any]:

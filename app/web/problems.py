@@ -189,9 +189,9 @@ BY_ERROR: dict[type[Exception], ProblemType] = {
         errors.Unavailable,
         503,
         "Not just now",
-        "The database is away or too busy. Nothing was changed. Try again after Retry-After seconds; with the same "
-        "Idempotency-Key a repeat cannot do it twice.",
-        'curl $URL/readyz',
+        "The database is away or too busy. Try again after Retry-After seconds. A change may have been made all the same, "
+        "if the connection broke at its very end: a repeat with the same Idempotency-Key cannot make it twice.",
+        "curl $URL/readyz",
     ),
 }
 
@@ -204,7 +204,9 @@ _OTHERS = (
     ),
     ProblemType("bad-request", 400, "The request cannot be read", "The detail says what is wrong with it."),
     ProblemType("no-such-page", 404, "There is nothing at this address", "/docs lists all operations."),
-    ProblemType("method-not-allowed", 405, "Not with this method", "The Allow header names those that work; see /docs."),
+    ProblemType(
+        "method-not-allowed", 405, "Not with this method", "The Allow header names those that work; see /docs."
+    ),
     ProblemType("body-too-large", 413, "The request is too large", "No request here needs more than 64 KiB."),
     ProblemType("wrong-media-type", 415, "Not in this format", "Send JSON, with `Content-Type: application/json`."),
     ProblemType(
@@ -216,7 +218,21 @@ _OTHERS = (
 )
 
 CATALOGUE: dict[str, ProblemType] = {problem.slug: problem for problem in (*BY_ERROR.values(), *_OTHERS)}
-_BY_STATUS = {400: "bad-request", 404: "no-such-page", 405: "method-not-allowed", 413: "body-too-large", 415: "wrong-media-type"}
+_BY_STATUS = {
+    400: "bad-request",
+    404: "no-such-page",
+    405: "method-not-allowed",
+    413: "body-too-large",
+    415: "wrong-media-type",
+}
+
+
+class WrongMediaType(HTTPException):
+    """A body that is no JSON, where JSON is wanted."""
+
+    def __init__(self) -> None:
+        super().__init__(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be JSON, and be called so.")
+
 
 CHALLENGE = {"WWW-Authenticate": 'Bearer realm="cacert-mail"'}
 """Only Bearer: a browser that is challenged with Basic asks for a password, and remembers it."""
@@ -267,7 +283,7 @@ def pointer(location: Sequence[int | str]) -> dict[str, str]:
     """Where the fault is: a JSON pointer into the body (RFC 6901), or the name of a parameter or header."""
     place, *path = location or ("body",)
     if place == "body":
-        escaped = (str(part).replace("~", "~0").replace("/", "~1") for part in path if not isinstance(part, int) or part)
+        escaped = (str(part).replace("~", "~0").replace("/", "~1") for part in path)
         return {"pointer": "/" + "/".join(escaped) if path else ""}
     return {"parameter" if place in ("query", "path") else str(place): ".".join(map(str, path))}
 
@@ -290,16 +306,20 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        problem = CATALOGUE[_BY_STATUS.get(error.status_code, "bad-request" if error.status_code < 500 else "internal-error")]
+        problem = CATALOGUE[
+            _BY_STATUS.get(error.status_code, "bad-request" if error.status_code < 500 else "internal-error")
+        ]
         return problem_response(request, problem, str(error.detail), headers=error.headers)
 
     @app.exception_handler(DBAPIError)
     @app.exception_handler(PoolTimeout)
     @app.exception_handler(OSError)
     async def database(request: Request, error: Exception) -> Response:
-        if is_lost(error) or isinstance(error, PoolTimeout) or (isinstance(error, DBAPIError) and is_busy(error)):
+        a_file = isinstance(error, OSError) and error.filename is not None  # of ours is missing: no lost connection
+        busy = isinstance(error, PoolTimeout) or (isinstance(error, DBAPIError) and is_busy(error))
+        if busy or (is_lost(error) and not a_file):
             log.warning("database_unavailable", kind=type(error).__name__)
-            unavailable = errors.Unavailable("The database does not answer, or is too busy. Nothing was changed.")
+            unavailable = errors.Unavailable("The database does not answer, or is too busy.")
             return error_response(request, unavailable)
         return internal_error(request, error)
 
@@ -309,6 +329,10 @@ def internal_error(request: Request, error: Exception) -> Response:
     log.error("internal_error", exc_info=error)
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     return problem_response(request, CATALOGUE["internal-error"], f"{status.phrase}.")
+
+
+def too_large(request: Request) -> Response:
+    return problem_response(request, CATALOGUE["body-too-large"], HTTPStatus.REQUEST_ENTITY_TOO_LARGE.phrase + ".")
 
 
 def problem_page(problem: ProblemType) -> str:

@@ -13,13 +13,16 @@ from app.models.jobs import JobState, jobs
 
 LONGEST_WAIT = 30
 POLL_SECONDS = 0.008
-_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE)
+LONGEST_PAUSE = 0.25
+SLOWER = 1.05
+"""From poll to poll, while nothing ends."""
+_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?0*(\d+)\"?\s*(?:$|[,;])", re.IGNORECASE)
 
 
 def seconds_to_wait(request: Request) -> int:
     """The seconds that the caller prefers, at most LONGEST_WAIT; 0 without a preference that can be read."""
-    found = _WAIT.search(request.headers.get("prefer", ""))
-    return min(int(found.group(1)), LONGEST_WAIT) if found else 0
+    found = _WAIT.search(",".join(request.headers.getlist("prefer")))
+    return min(int(found.group(1)[:6]), LONGEST_WAIT) if found else 0
 
 
 class JobWaiter:
@@ -29,11 +32,13 @@ class JobWaiter:
         self._database = database
         self._awaited: dict[int, list[asyncio.Future[None]]] = {}
         self._poller: asyncio.Task[None] | None = None
+        self._newcomer = asyncio.Event()
 
     async def wait(self, job_id: int, seconds: float) -> None:
         """Returns when the job has ended, whichever way, or after so many seconds."""
         future = asyncio.get_running_loop().create_future()
         self._awaited.setdefault(job_id, []).append(future)
+        self._newcomer.set()
         if self._poller is None or self._poller.done():
             self._poller = asyncio.create_task(self._poll())
         try:
@@ -49,7 +54,13 @@ class JobWaiter:
     async def _poll(self) -> None:
         pause = POLL_SECONDS
         while self._awaited:
-            await asyncio.sleep(pause)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._newcomer.wait(), pause)
+            if self._newcomer.is_set():
+                # A job that is stuck does not slow down whoever came last; nor do many who come one by one hurry us.
+                self._newcomer.clear()
+                pause = POLL_SECONDS
+                await asyncio.sleep(pause)
             wanted = list(self._awaited)
             try:
                 async with self._database.read.connect() as connection:
@@ -61,10 +72,10 @@ class JobWaiter:
                     ended = list(rows.scalars())
             except Exception as error:  # the waiters only wait on: each has a time limit of its own
                 log.warning("wait_poll_failed", kind=type(error).__name__)
-                pause = 0.5
+                await asyncio.sleep(0.5)
                 continue
             # A job that waits for its next attempt is asked for less often.
-            pause = POLL_SECONDS if ended else min(0.25, pause * 1.05)
+            pause = POLL_SECONDS if ended else min(LONGEST_PAUSE, pause * SLOWER)
             for job_id in ended:
                 for future in self._awaited.pop(job_id, []):
                     if not future.done():

@@ -82,7 +82,9 @@ def test_keys_are_made_private(scratch: Path) -> None:
 
 def test_principals_are_made_listed_disabled_and_given_new_secrets(scratch: Path) -> None:
     cacert_mail("db", "upgrade", at=scratch)
-    made = cacert_mail("principal", "create", "--role", "primary", "--name", "Site", "--permission", "users:read", at=scratch)
+    made = cacert_mail(
+        "principal", "create", "--role", "primary", "--name", "Site", "--permission", "users:read", at=scratch
+    )
     assert made.returncode == 0, made.stderr
     found = re.fullmatch(r"CLIENT_ID=(\S+)\nCLIENT_SECRET=(\S{43})\n", made.stdout)
     assert found is not None
@@ -130,7 +132,8 @@ def test_openapi_is_the_committed_document(scratch: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["db"], ["keys"], ["principal"], ["api"], ["worker"], ["service"], ["sweep"], ["run"], ["db", "upgrade"]]
+    "arguments",
+    [[], ["db"], ["keys"], ["principal"], ["api"], ["worker"], ["service"], ["sweep"], ["run"], ["db", "upgrade"]],
 )
 def test_help_is_there_for_everything(scratch: Path, arguments: list[str]) -> None:
     shown = cacert_mail(*arguments, "--help", at=scratch)

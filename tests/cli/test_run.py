@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.stack.mariadb import OWNER, MariaDB
 from tests.stack.processes import free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,13 @@ def running(at: Path, port: int, **environment: str) -> Iterator[tuple[subproces
         process = subprocess.Popen(
             [sys.executable, "-m", "app.cli.main", "run"],
             cwd=at,
-            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(at), "PORT": str(port), **environment},
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": str(ROOT),
+                "HOME": str(at),
+                "PORT": str(port),
+                **environment,
+            },
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
@@ -59,7 +66,11 @@ def children_of(at: Path) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and (entry / "cwd").resolve() == at and b"app.cli.main" in (entry / "cmdline").read_bytes():
+            if (
+                entry.name.isdigit()
+                and (entry / "cwd").resolve() == at
+                and b"app.cli.main" in (entry / "cmdline").read_bytes()
+            ):
                 found.append(int(entry.name))
         except OSError:
             continue
@@ -92,6 +103,22 @@ def test_the_three_lines_work_and_a_second_run_keeps_the_data(scratch: Path) -> 
         assert json.loads(again)["id"] == json.loads(created)["id"]
         assert json.loads(again)["ready"] is True
         stop(process)
+
+
+def test_the_same_on_mariadb(scratch: Path, mariadb: MariaDB) -> None:
+    mariadb.sql(f"DROP DATABASE IF EXISTS trial; CREATE DATABASE trial; GRANT ALL ON trial.* TO {OWNER}@'%'")
+    [port] = free_ports(1)
+    try:
+        url = mariadb.url(OWNER).rpartition("/")[0] + "/trial"
+        with running(scratch, port, DATABASE_URL=url) as (process, printed):
+            lines = re.findall(r"^  (\. var/.*|curl .*)$", printed.read_text(), re.MULTILINE)
+            _, created, _, _ = paste(scratch, lines)
+            assert json.loads(created)["ready"] is True, created
+            stop(process)
+        assert not list((scratch / "var").glob("*.db"))
+        assert mariadb.sql("SELECT address FROM trial.users") == [["alice@cacert.org"]]
+    finally:
+        mariadb.sql("DROP DATABASE trial")
 
 
 def test_a_taken_port_is_named(scratch: Path) -> None:

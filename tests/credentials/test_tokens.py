@@ -236,7 +236,8 @@ def good_header(ring: Ring) -> dict[str, Any]:
 
 
 def good_claims() -> dict[str, Any]:
-    return {"iss": ISSUER, "aud": AUDIENCE, "sub": "p-1", "jti": "t-1", "iat": IAT, "exp": IAT + 600, "generation": 1, "scope": "a b"}
+    times = {"iat": IAT, "exp": IAT + 600}
+    return {"iss": ISSUER, "aud": AUDIENCE, "sub": "p-1", "jti": "t-1", **times, "generation": 1, "scope": "a b"}
 
 
 def rs256(key: rsa.RSAPrivateKey) -> Callable[[bytes], bytes]:

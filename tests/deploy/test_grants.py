@@ -4,7 +4,7 @@ A statement is refused for lack of a grant before it does anything; those that a
 their condition is false. What an allowed verb does to rows is tested where the processes are.
 """
 
-# ruff: noqa: S608  every name in a statement is a constant of the test
+
 
 import re
 import subprocess

@@ -67,7 +67,7 @@ def emptied(mail_stack: MailStack, mariadb: MariaDB) -> MailStack:
 
 @pytest.fixture
 def run_directory() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="cm-", dir="/dev/shm"))  # noqa: S108  private by mkdtemp
+    path = Path(tempfile.mkdtemp(prefix="cm-", dir="/dev/shm"))
     yield path
     shutil.rmtree(path)
 

@@ -9,7 +9,8 @@ import pytest
 from sqlalchemy import Connection, inspect, text
 from sqlmodel import SQLModel
 
-from app.cli.db import NotOurs, upgrade_database
+from alembic import command
+from app.cli.db import NotOurs, _config, upgrade_database
 from app.db import Database
 from app.models.views import VIEWS
 from tests.conftest import migrate
@@ -63,7 +64,9 @@ def test_on_sqlite(scratch: Path) -> None:
 
 
 def test_on_mariadb(mariadb: MariaDB) -> None:
-    mariadb.sql("DROP DATABASE IF EXISTS declared; CREATE DATABASE declared CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin;")
+    mariadb.sql(
+        "DROP DATABASE IF EXISTS declared; CREATE DATABASE declared CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin;"
+    )
     mariadb.sql(f"GRANT ALL ON declared.* TO {OWNER}@'%'")
     try:
         url = mariadb.url(OWNER)
@@ -72,6 +75,10 @@ def test_on_mariadb(mariadb: MariaDB) -> None:
         assert run(url, described) == run(declared, described)
     finally:
         mariadb.sql("DROP DATABASE declared")
+
+
+def test_alembic_finds_nothing_to_add_on_mariadb(mariadb: MariaDB) -> None:
+    run(mariadb.url(OWNER), lambda connection: command.check(_config(connection)))
 
 
 def test_upgrading_twice_changes_nothing(scratch: Path) -> None:

@@ -57,7 +57,13 @@ async def test_a_new_account_is_row_address_event_and_job(client: httpx.AsyncCli
         "external_id": "42",
         "state": "active",
     }
-    assert (body["host"], body["version"], body["ready"], body["proofs"], body["has_password"]) == (HOST, 1, False, {}, True)
+    assert (body["host"], body["version"], body["ready"], body["proofs"], body["has_password"]) == (
+        HOST,
+        1,
+        False,
+        {},
+        True,
+    )
     assert body["uid"] is None
     assert body["home"] is None
     [job] = await rows(database, select(jobs))
@@ -153,9 +159,7 @@ async def test_the_second_of_the_same_name_is_told_who_has_it(
 
 
 async def test_twenty_at_once_make_one_account(client: httpx.AsyncClient, database: Database) -> None:
-    answers = await asyncio.gather(
-        *(client.post("/v1/users", json={"address": f"alice@{PRIMARY}"}) for _ in range(20))
-    )
+    answers = await asyncio.gather(*(client.post("/v1/users", json={"address": f"alice@{PRIMARY}"}) for _ in range(20)))
     assert sorted(answer.status_code for answer in answers) == [202] + [409] * 19
     assert len(await rows(database, select(users))) == 1
     assert len(await rows(database, select(jobs))) == 1
@@ -315,9 +319,7 @@ async def test_purge_forgets_the_person_and_keeps_the_row(client: httpx.AsyncCli
     assert await create(client, name="carol", external_id="5")
 
 
-async def test_purge_needs_a_permission_of_its_own(
-    client: httpx.AsyncClient, make_client: Callable[..., Any]
-) -> None:
+async def test_purge_needs_a_permission_of_its_own(client: httpx.AsyncClient, make_client: Callable[..., Any]) -> None:
     user = await create(client)
     await client.delete(f"/v1/users/{user['id']}")
     writer = await make_client(Permission.USERS_READ, Permission.USERS_WRITE)
@@ -353,8 +355,13 @@ async def test_lists_page_and_filter(client: httpx.AsyncClient) -> None:
     assert await found(external_id="x5") == ["user5"]
     assert await found(address=f"USER2@{PRIMARY}") == ["user2"]
     assert await found(q="Person 4") == ["user4"]
+    assert await found(q="person 4") == ["user4"]
     assert await found(q="USER4") == ["user4"]
     assert await found(q="%") == []
+    assert await found(q="ü") == []
+    await create(client, name="zoe", display_name="Zoë Ü")
+    assert await found(q="zoë") == ["zoe"]
+    await client.delete(f"/v1/users/zoe@{PRIMARY}")
     assert await found(ready="true") == []
     assert len(await found(ready="false")) == 8
     for bad in ("limit=0", "limit=501", "cursor=zz", "state=dead", "colour=red"):
@@ -385,7 +392,9 @@ async def test_ten_at_once_with_the_same_key_make_one(client: httpx.AsyncClient,
     assert len(await rows(database, select(users))) == 1
 
 
-async def test_a_key_of_a_refused_request_stays_free(client: httpx.AsyncClient, make_client: Callable[..., Any]) -> None:
+async def test_a_key_of_a_refused_request_stays_free(
+    client: httpx.AsyncClient, make_client: Callable[..., Any]
+) -> None:
     headers = {"Idempotency-Key": "k"}
     body = {"address": f"alice@{PRIMARY}"}
     await create(client)

@@ -1,0 +1,204 @@
+"""Domains: one primary, any number of others, and none that an account ever had goes away."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import select
+
+from app.addresses import DomainName
+from app.db import Database
+from app.errors import NotFound
+from app.models.audit_events import audit_events
+from app.services.changes import Change
+from app.services.domains import delete_domain
+from tests.conftest import ACTOR, PRIMARY, Clock
+
+pytestmark = pytest.mark.asyncio
+
+
+async def add(client: httpx.AsyncClient, name: str = "example.org", **members: Any) -> dict[str, Any]:
+    answer = await client.post("/v1/domains", json={"name": name, **members})
+    assert answer.status_code == 201, answer.text
+    return dict(answer.json())
+
+
+async def events(database: Database) -> list[tuple[str, str]]:
+    async with database.read.connect() as connection:
+        query = select(audit_events.c.action, audit_events.c.subject_id).where(audit_events.c.principal_id != "tests")
+        return [(row.action, row.subject_id) for row in await connection.execute(query.order_by(audit_events.c.id))]
+
+
+@pytest.mark.parametrize("kind", ["virtual", "relay"])
+async def test_a_domain_is_added_read_and_removed(client: httpx.AsyncClient, database: Database, kind: str) -> None:
+    answer = await client.post("/v1/domains", json={"name": "Example.ORG", "kind": kind})
+    assert answer.status_code == 201
+    assert answer.headers["location"] == "/v1/domains/example.org"
+    assert answer.headers["etag"] == '"1.0"'
+    body = answer.json()
+    assert (body["name"], body["kind"], body["version"]) == ("example.org", kind, 1)
+    assert body["created_at"] == body["updated_at"] == "2026-11-23T12:00:00Z"
+    read = await client.get("/v1/domains/EXAMPLE.org")
+    assert (read.status_code, read.json()) == (200, body)
+    unchanged = await client.get("/v1/domains/example.org", headers={"If-None-Match": '"1.0"'})
+    assert (unchanged.status_code, unchanged.content) == (304, b"")
+    removed = await client.delete("/v1/domains/example.org")
+    assert (removed.status_code, removed.content) == (204, b"")
+    assert (await client.get("/v1/domains/example.org")).status_code == 404
+    assert await events(database) == [("domains.create", "example.org"), ("domains.delete", "example.org")]
+
+
+async def test_virtual_is_what_is_meant(client: httpx.AsyncClient) -> None:
+    assert (await add(client))["kind"] == "virtual"
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [
+        ({}, "/name"),
+        ({"name": "example"}, "/name"),
+        ({"name": "-a.example"}, "/name"),
+        ({"name": "exämple.org"}, "/name"),
+        ({"name": "example.org."}, "/name"),
+        ({"name": "../../etc.org"}, "/name"),
+        ({"name": "192.0.2.1"}, "/name"),
+        ({"name": f"{'a' * 64}.org"}, "/name"),
+        ({"name": 5}, "/name"),
+        ({"name": "example.org", "kind": "secondary"}, "/kind"),
+        ({"name": "example.org", "version": 3}, "/version"),
+    ],
+)
+async def test_bad_input_is_named(client: httpx.AsyncClient, body: dict[str, Any], pointer: str) -> None:
+    answer = await client.post("/v1/domains", json=body)
+    assert answer.status_code == 422
+    assert [error["pointer"] for error in answer.json()["errors"]] == [pointer]
+    assert len((await client.get("/v1/domains")).json()["items"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ({"name": PRIMARY}, "domain-exists"),
+        ({"name": PRIMARY, "kind": "primary"}, "domain-exists"),
+        ({"name": "other.test", "kind": "primary"}, "primary-domain-fixed"),
+    ],
+)
+async def test_there_is_one_of_each_name_and_one_primary(
+    client: httpx.AsyncClient, body: dict[str, str], problem: str
+) -> None:
+    answer = await client.post("/v1/domains", json=body)
+    # With both at once, each database names the key that it looked at first.
+    assert answer.status_code == 409
+    assert answer.json()["type"] in (f"/problems/{problem}", "/problems/primary-domain-fixed")
+    if body.get("kind") != "primary":
+        assert answer.json()["type"] == f"/problems/{problem}"
+
+
+async def test_ten_at_once_add_one(client: httpx.AsyncClient) -> None:
+    answers = await asyncio.gather(*(client.post("/v1/domains", json={"name": "example.org"}) for _ in range(10)))
+    assert sorted(answer.status_code for answer in answers) == [201] + [409] * 9
+
+
+async def test_what_had_an_account_stays(client: httpx.AsyncClient) -> None:
+    await add(client)
+    made = await client.post("/v1/users", json={"address": "alice@example.org"})
+    await client.delete(f"/v1/users/{made.json()['id']}")
+    answer = await client.delete("/v1/domains/example.org")
+    assert (answer.status_code, answer.json()["type"]) == (409, "/problems/domain-in-use")
+    assert (await client.get("/v1/domains/example.org")).status_code == 200
+    answer = await client.delete(f"/v1/domains/{PRIMARY}")
+    assert (answer.status_code, answer.json()["type"]) == (409, "/problems/primary-domain-fixed")
+
+
+async def test_two_deletions_are_one_event(seeded: Database, client: httpx.AsyncClient, clock: Clock) -> None:
+    await add(client)
+    results = await asyncio.gather(
+        *(client.delete("/v1/domains/example.org") for _ in range(5)), return_exceptions=True
+    )
+    assert sorted(result.status_code for result in results) == [204] + [404] * 4  # type: ignore[union-attr]
+    assert [action for action, _ in await events(seeded)].count("domains.delete") == 1
+
+
+@pytest.mark.parametrize("test_database", ["mariadb"], indirect=True)
+async def test_a_deletion_between_look_and_delete_is_no_event(
+    seeded: Database, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    """SQLite has one writer at a time."""
+    await add(client)
+    from app.services import domains as service
+
+    look = service.get_domain
+
+    async def look_and_lose(connection: Any, name: Any) -> Any:
+        row = await look(connection, name)
+        monkeypatch.setattr(service, "get_domain", look)
+        assert (await client.delete("/v1/domains/example.org")).status_code == 204
+        return row
+
+    monkeypatch.setattr(service, "get_domain", look_and_lose)
+    with pytest.raises(NotFound):
+        async with seeded.write.begin() as connection:
+            await delete_domain(Change(connection, ACTOR, clock()), DomainName("example.org"))
+    assert await events(seeded) == [("domains.create", "example.org"), ("domains.delete", "example.org")]
+
+
+@pytest.mark.parametrize("path", ["/v1/domains/none.test", "/v1/domains/xn--nothing.test"])
+async def test_what_is_not_there(client: httpx.AsyncClient, path: str) -> None:
+    for method in ("GET", "DELETE"):
+        answer = await client.request(method, path)
+        assert (answer.status_code, answer.json()["type"]) == (404, "/problems/not-found")
+        assert "GET /v1/domains lists them" in answer.json()["detail"]
+
+
+async def test_a_path_that_is_no_domain_is_refused(client: httpx.AsyncClient) -> None:
+    for name in ("ü.test", "localhost", "a b.test", "%00"):
+        assert (await client.get(f"/v1/domains/{name}")).status_code == 422
+
+
+async def test_lists_page_and_filter(client: httpx.AsyncClient) -> None:
+    for number in range(4):
+        await add(client, f"d{number}.test", kind="relay" if number % 2 else "virtual")
+    seen: list[str] = []
+    url = "/v1/domains?limit=2"
+    while url:
+        page = await client.get(url)
+        assert len(page.json()["items"]) <= 2
+        seen += [item["name"] for item in page.json()["items"]]
+        link = page.headers.get("link")
+        assert (link is None) == (page.json()["next_cursor"] is None)
+        url = link.partition("<")[2].partition(">")[0] if link else ""
+    assert seen == [PRIMARY, "d0.test", "d1.test", "d2.test", "d3.test"]
+    relays = await client.get("/v1/domains", params={"kind": "relay"})
+    assert [item["name"] for item in relays.json()["items"]] == ["d1.test", "d3.test"]
+    for bad in ("limit=0", "limit=501", "kind=x", "cursor=%FF", "cursor=zz", "name=x"):
+        assert (await client.get(f"/v1/domains?{bad}")).status_code == 422, bad
+
+
+async def test_a_repeat_with_the_same_key_makes_nothing_twice(
+    client: httpx.AsyncClient, make_client: Callable[..., Any]
+) -> None:
+    headers = {"Idempotency-Key": "k1"}
+    first = await client.post("/v1/domains", json={"name": "example.org"}, headers=headers)
+    repeat = await client.post("/v1/domains", json={"name": "example.org"}, headers=headers)
+    assert (repeat.status_code, repeat.json()) == (201, first.json())
+    assert repeat.headers["location"] == first.headers["location"]
+    assert "idempotency-replayed" not in first.headers
+    assert repeat.headers["idempotency-replayed"] == "true"
+    other = await client.post("/v1/domains", json={"name": "example.net"}, headers=headers)
+    assert (other.status_code, other.json()["type"]) == (422, "/problems/key-reused")
+    elsewhere = await client.post("/v1/hosts", json={"name": "example.org"}, headers=headers)
+    assert (elsewhere.status_code, elsewhere.json()["type"]) == (422, "/problems/key-reused")
+    stranger = await make_client()
+    answer = await stranger.post("/v1/domains", json={"name": "example.org"}, headers=headers)
+    assert answer.json()["type"] == "/problems/domain-exists"
+
+
+@pytest.mark.parametrize("key", ["", " ", "a b", "x" * 129, "ü"])
+async def test_a_key_that_is_none_is_refused(client: httpx.AsyncClient, key: str) -> None:
+    headers = [(b"idempotency-key", key.encode())]
+    answer = await client.post("/v1/domains", json={"name": "example.org"}, headers=headers)
+    assert answer.status_code == 422
+    assert "visible ASCII" in answer.json()["detail"]
+    assert (await client.get("/v1/domains/example.org")).status_code == 404

@@ -1,0 +1,174 @@
+"""Mail hosts: added, switched off, removed only while nothing lies on them."""
+
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import insert
+
+from app.db import Database
+from app.models.hosts import host_status
+from tests.conftest import HOST, PRIMARY, Clock
+
+pytestmark = pytest.mark.asyncio
+
+
+async def add(client: httpx.AsyncClient, name: str = "mail2", **members: Any) -> dict[str, Any]:
+    answer = await client.post("/v1/hosts", json={"name": name, **members})
+    assert answer.status_code == 201, answer.text
+    return dict(answer.json())
+
+
+async def test_a_host_is_added_read_and_removed(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/hosts", json={"name": "mail2"})
+    assert answer.status_code == 201
+    assert answer.headers["location"] == "/v1/hosts/mail2"
+    assert answer.json() == {
+        "name": "mail2",
+        "enabled": True,
+        "version": 1,
+        "created_at": "2026-11-23T12:00:00Z",
+        "updated_at": "2026-11-23T12:00:00Z",
+        **dict.fromkeys(("heartbeat_at", "started_at", "release", "swept_at", "sweep")),
+    }
+    assert (await client.get("/v1/hosts/mail2")).json() == answer.json()
+    assert (await client.delete("/v1/hosts/mail2")).status_code == 204
+    assert (await client.get("/v1/hosts/mail2")).status_code == 404
+    assert (await client.delete("/v1/hosts/mail2")).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [
+        ({}, "/name"),
+        *(({"name": name}, "/name") for name in ("", "-", "Mail", "a/b", "..", ".a", "a.", "mail\n", "ü", "x" * 65, 5)),
+        ({"name": "mail2", "enabled": "perhaps"}, "/enabled"),
+        ({"name": "mail2", "settings": {}}, "/settings"),
+    ],
+)
+async def test_bad_input_is_named(client: httpx.AsyncClient, body: dict[str, Any], pointer: str) -> None:
+    answer = await client.post("/v1/hosts", json=body)
+    assert answer.status_code == 422
+    assert [error["pointer"] for error in answer.json()["errors"]] == [pointer]
+    assert len((await client.get("/v1/hosts")).json()["items"]) == 1
+
+
+async def test_a_name_is_taken_once(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/hosts", json={"name": HOST})
+    assert (answer.status_code, answer.json()["type"], answer.json()["host"]) == (409, "/problems/host-exists", HOST)
+
+
+async def test_a_disabled_host_takes_no_new_accounts(client: httpx.AsyncClient) -> None:
+    made = await client.post("/v1/users", json={"address": f"alice@{PRIMARY}"})
+    changed = await client.patch(f"/v1/hosts/{HOST}", json={"enabled": False})
+    assert (changed.status_code, changed.json()["enabled"], changed.json()["version"]) == (200, False, 2)
+    refused = await client.post("/v1/users", json={"address": f"bob@{PRIMARY}"})
+    assert (refused.status_code, refused.json()["type"]) == (409, "/problems/host-not-chosen")
+    assert "no enabled mail host" in refused.json()["detail"]
+    renamed = await client.patch(f"/v1/users/{made.json()['id']}", json={"display_name": "A"})
+    assert renamed.status_code == 202
+    await client.patch(f"/v1/hosts/{HOST}", json={"enabled": True})
+    assert (await client.post("/v1/users", json={"address": f"bob@{PRIMARY}"})).status_code == 202
+
+
+async def test_with_several_hosts_one_is_named(client: httpx.AsyncClient) -> None:
+    await add(client)
+    for host, says in ((None, "several hosts"), ("mail3", "no enabled host mail3")):
+        body = {"address": f"alice@{PRIMARY}", "host": host}
+        answer = await client.post("/v1/users", json=body)
+        assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (409, "/host")
+        assert says in answer.json()["detail"]
+    answer = await client.post("/v1/users", json={"address": f"alice@{PRIMARY}", "host": "mail2"})
+    assert (answer.status_code, answer.json()["host"]) == (202, "mail2")
+
+
+async def test_what_is_so_already_is_no_change(client: httpx.AsyncClient) -> None:
+    answer = await client.patch(f"/v1/hosts/{HOST}", json={"enabled": True})
+    assert (answer.status_code, answer.json()["version"]) == (200, 1)
+    for bad in ({}, {"enabled": None}, {"name": "x"}, {"enabled": True, "name": "x"}):
+        assert (await client.patch(f"/v1/hosts/{HOST}", json=bad)).status_code == 422, bad
+
+
+async def test_if_match_protects_a_change(client: httpx.AsyncClient) -> None:
+    tag = (await client.get(f"/v1/hosts/{HOST}")).headers["etag"]
+    first = await client.patch(f"/v1/hosts/{HOST}", json={"enabled": False}, headers={"If-Match": tag})
+    assert first.status_code == 200
+    late = await client.patch(f"/v1/hosts/{HOST}", json={"enabled": True}, headers={"If-Match": tag})
+    assert (late.status_code, late.json()["type"], late.json()["version"]) == (412, "/problems/version-conflict", 2)
+    assert (await client.get(f"/v1/hosts/{HOST}")).json()["enabled"] is False
+    for given in (first.headers["etag"], "*", 'W/"2"'):
+        again = await client.patch(f"/v1/hosts/{HOST}", json={"enabled": False}, headers={"If-Match": given})
+        assert again.status_code == 200
+    rubbish = await client.patch(f"/v1/hosts/{HOST}", json={"enabled": False}, headers={"If-Match": "2"})
+    assert (rubbish.status_code, rubbish.json()["type"]) == (422, "/problems/bad-field")
+
+
+async def test_what_has_or_had_mailboxes_stays(client: httpx.AsyncClient) -> None:
+    made = await client.post("/v1/users", json={"address": f"alice@{PRIMARY}"})
+    await client.delete(f"/v1/users/{made.json()['id']}")
+    answer = await client.delete(f"/v1/hosts/{HOST}")
+    assert (answer.status_code, answer.json()["type"]) == (409, "/problems/host-in-use")
+    assert (await client.get(f"/v1/hosts/{HOST}")).status_code == 200
+
+
+async def test_the_worker_is_seen(client: httpx.AsyncClient, worker_database: Database, clock: Clock) -> None:
+    before = await client.get(f"/v1/hosts/{HOST}")
+    status = {
+        "host": HOST,
+        "heartbeat_at": clock() - timedelta(seconds=3),
+        "started_at": clock() - timedelta(hours=1),
+        "release": "0.1.0",
+        "swept_at": clock() - timedelta(minutes=5),
+        "sweep": {"checked": 3, "repaired": 1},
+    }
+    async with worker_database.write.begin() as connection:
+        await connection.execute(insert(host_status), status)
+    after = await client.get(f"/v1/hosts/{HOST}", headers={"If-None-Match": before.headers["etag"]})
+    assert after.status_code == 200, "a heartbeat is news"
+    assert after.json()["heartbeat_at"] == "2026-11-23T11:59:57Z"
+    assert (after.json()["release"], after.json()["sweep"]) == ("0.1.0", {"checked": 3, "repaired": 1})
+    listed = await client.get("/v1/hosts")
+    assert listed.json()["items"] == [after.json()]
+    same = await client.get(f"/v1/hosts/{HOST}", headers={"If-None-Match": after.headers["etag"]})
+    assert same.status_code == 304
+    # It takes part in reading only: no heartbeat makes a change fail.
+    changed = await client.patch(
+        f"/v1/hosts/{HOST}", json={"enabled": False}, headers={"If-Match": before.headers["etag"]}
+    )
+    assert changed.status_code == 200
+
+
+async def test_lists_page_by_name(client: httpx.AsyncClient) -> None:
+    for name in ("b", "a", "z-1", "c.d"):
+        await add(client, name)
+    seen: list[str] = []
+    cursor = None
+    while True:
+        page = await client.get("/v1/hosts", params={"limit": 2, **({"cursor": cursor} if cursor else {})})
+        seen += [item["name"] for item in page.json()["items"]]
+        cursor = page.json()["next_cursor"]
+        if cursor is None:
+            break
+        assert f"cursor={cursor}" in page.headers["link"]
+    assert seen == ["a", "b", "c.d", HOST, "z-1"]
+    for bad in ("limit=0", "limit=501", "cursor=%C3%BC", "cursor=gP8", "enabled=true"):
+        assert (await client.get(f"/v1/hosts?{bad}")).status_code == 422, bad
+
+
+@pytest.mark.parametrize("method", ["GET", "PATCH", "DELETE"])
+@pytest.mark.parametrize(("name", "status"), [("none", 404), ("ü", 422), ("%00", 422), ("x" * 65, 422), ("A", 422)])
+async def test_what_is_not_there(client: httpx.AsyncClient, method: str, name: str, status: int) -> None:
+    body = {"json": {"enabled": True}} if method == "PATCH" else {}
+    answer = await client.request(method, f"/v1/hosts/{name}", **body)  # type: ignore[arg-type]
+    assert answer.status_code == status, answer.text
+
+
+async def test_a_repeat_with_the_same_key_makes_nothing_twice(client: httpx.AsyncClient) -> None:
+    headers = {"Idempotency-Key": "k1"}
+    first = await client.post("/v1/hosts", json={"name": "mail2"}, headers=headers)
+    await client.patch("/v1/hosts/mail2", json={"enabled": False})
+    repeat = await client.post("/v1/hosts", json={"name": "mail2"}, headers=headers)
+    assert (first.status_code, repeat.status_code) == (201, 201)
+    assert repeat.headers["idempotency-replayed"] == "true"
+    assert repeat.json()["enabled"] is False, "the host as it is now"
