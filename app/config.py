@@ -51,7 +51,7 @@ class WorkerSettings(Settings):
     lock_file: Path = Path("/run/cacert-mail/worker.lock")
     postfix_config: Path | None = None
     """Postfix's configuration directory. Unset: this host has no Postfix, and its proof reads `not configured`."""
-    postfix_recipients: str = "proxy:mysql:/etc/postfix/cacert-mail/recipients.cf"
+    postfix_recipients: str = "proxy:mysql:/etc/postfix/recipients.cf"
     """The very map that Postfix asks."""
     dovecot_config: Path | None = None
     """Dovecot's configuration file. Unset: this host has no Dovecot, and its proof reads `not configured`."""

@@ -4,8 +4,6 @@ A statement is refused for lack of a grant before it does anything; those that a
 their condition is false. What an allowed verb does to rows is tested where the processes are.
 """
 
-
-
 import re
 import subprocess
 from collections.abc import Iterator

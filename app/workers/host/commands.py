@@ -135,7 +135,7 @@ class Commands:
     postfix_config: Path | None = None
     """The directory of main.cf."""
     recipient_map: str = ""
-    """The very map that Postfix asks, such as `proxy:mysql:/etc/postfix/cacert-mail/recipients.cf`."""
+    """The very map that Postfix asks, such as `proxy:mysql:/etc/postfix/recipients.cf`."""
     dovecot_config: Path | None = None
     """The file dovecot.conf."""
 
