@@ -8,7 +8,21 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Row, Select, String, Table, and_, func, insert, not_, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    String,
+    Table,
+    and_,
+    bindparam,
+    func,
+    insert,
+    not_,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -65,6 +79,23 @@ _BY_ADDRESS = _USERS.select_from(
     addresses.join(users, users.c.id == addresses.c.subject_id).outerjoin(applied, _APPLIED)
 ).where(addresses.c.kind == AddressKind.USER)
 
+# The statements of each GET and POST, made once: to make one costs as much as to run it.
+_ONE_BY_ID = _BY_ID.where(users.c.id == bindparam("key"))
+_ONE_BY_ADDRESS = _BY_ADDRESS.where(addresses.c.address == bindparam("key"))
+_DOMAIN = select(domains.c.id, domains.c.kind).where(domains.c.name == bindparam("name"))
+_INSERT = insert(users)
+_LATEST_JOB = (
+    select(jobs.c.id, jobs.c.state, jobs.c.error)
+    .where(
+        jobs.c.host == bindparam("host"),
+        jobs.c.kind == KIND,
+        jobs.c.subject_id == bindparam("user_id"),
+        jobs.c.state != JobState.SUPERSEDED,
+    )
+    .order_by(jobs.c.version.desc(), jobs.c.id.desc())
+    .limit(1)
+)
+
 
 @dataclass(frozen=True, slots=True)
 class NewUser:
@@ -111,9 +142,7 @@ class UserFilter:
 async def create_user(change: Change, new: NewUser) -> int:
     connection = change.connection
     check_reserved(new.address)
-    domain = (
-        await connection.execute(select(domains.c.id, domains.c.kind).where(domains.c.name == new.address.domain))
-    ).one_or_none()
+    domain = (await connection.execute(_DOMAIN, {"name": new.address.domain})).one_or_none()
     if domain is None:
         raise BadField(f"{new.address.domain} is not a domain here: POST /v1/domains adds one.", field="address")
     if domain.kind == DomainKind.RELAY:
@@ -137,7 +166,7 @@ async def create_user(change: Change, new: NewUser) -> int:
         "updated_at": change.now,
     }
     try:
-        user_id = inserted_id(await connection.execute(insert(users), values))
+        user_id = inserted_id(await connection.execute(_INSERT, values))
     except IntegrityError as error:
         raise await _named(connection, error, new.external_id) from None
     await claim_address(connection, new.address, AddressKind.USER, user_id, reuse=new.reuse_address)
@@ -357,13 +386,14 @@ async def find_user_id(connection: AsyncConnection, key: MailAddress | int) -> i
 
 
 async def get_user(connection: AsyncConnection, key: MailAddress | int) -> UserRecord:
-    query = _BY_ID.where(users.c.id == key) if isinstance(key, int) else _BY_ADDRESS.where(addresses.c.address == key)
-    row = (await connection.execute(query)).one_or_none()
+    query = _ONE_BY_ID if isinstance(key, int) else _ONE_BY_ADDRESS
+    row = (await connection.execute(query, {"key": key})).one_or_none()
     if row is None:
         raise _missing(key)
     if is_ready(row):
         return UserRecord(row, True, None)
-    return UserRecord(row, False, (await _latest_jobs(connection, [row.id])).get(row.id))
+    job = (await connection.execute(_LATEST_JOB, {"host": row.host, "user_id": row.id})).one_or_none()
+    return UserRecord(row, False, None if job is None else JobRow(job.id, job.state, job.error))
 
 
 def is_ready(row: Row[Any]) -> bool:

@@ -42,12 +42,12 @@ class Churn:
         return found
 
     async def account(self, name: str) -> None:
-        await asyncio.sleep(DICE.random() * 3)
+        await asyncio.sleep(DICE.random() * 1.5)
         made = await self.ask("POST", "/v1/users", address=f"{name}@{PRIMARY_DOMAIN}", password=PASSWORD)
         self.ids[name], self.state[name] = made["id"], "active"
         quiet = name.endswith(("0", "1", "2"))  # these are suspended at most, so they stand all the time
         for _ in range(CHANGES):
-            await asyncio.sleep(DICE.random() * 2)
+            await asyncio.sleep(DICE.random() * 1.5)
             state = self.state[name]
             if state == "deleted":
                 await self.ask("POST", f"/v1/users/{self.ids[name]}/restore")
@@ -116,7 +116,7 @@ async def test_killed_while_accounts_come_and_go_and_mail_arrives(site: Site, wo
     _, kills, *_ = await asyncio.gather(
         churn.all(), kill_until(churn, worker_settings), *(mail_until(churn, sent) for _ in range(3))
     )
-    assert kills >= 3
+    assert kills >= 2
     assert {code for _, code in sent} == {250, 550}, sent
 
     async def all_ready() -> bool:

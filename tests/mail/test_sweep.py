@@ -68,7 +68,7 @@ async def test_drift_of_every_kind(site: Site, worker_settings: WorkerSettings) 
     assert status == 1
     assert lines.pop() == "10 accounts compared, 9 differed, 0 repaired, 9 left."
     said = {int(line.split()[1].rstrip(":")): line.split(": ", 1)[1] for line in lines}
-    uid = users["uid"]["uid"]
+    uid = users["fine"]["uid"]
     assert said == {
         ids["home"]: f"maildir: {homes['home']}: home is missing.",
         ids["mode"]: said[ids["mode"]],
@@ -76,7 +76,7 @@ async def test_drift_of_every_kind(site: Site, worker_settings: WorkerSettings) 
         ids["row"]: "version 0 is applied, 1 is wanted",
         ids["hidden"]: "it does not stand",
         ids["dead"]: "version 1 is applied, 2 is wanted",
-        ids["uid"]: f"dovecot: it has uid {uid - 7}, gid {uid - 7} and home {homes['uid']} for the login",
+        ids["uid"]: f"dovecot: it has uid {uid}, gid {uid} and home {homes['uid']} for the login",
         ids["back"]: "maildir: its home is in place",
         ids["foreign"]: said[ids["foreign"]],
     }

@@ -94,7 +94,7 @@ class MariaDB:
         )
         create_schema(self.url(OWNER))
         rows = self.sql(
-            f"SELECT table_name FROM information_schema.tables WHERE table_schema = '{DATABASE}'"  # noqa: S608  constant
+            f"SELECT table_name FROM information_schema.tables WHERE table_schema = '{DATABASE}'"
             " AND table_type = 'BASE TABLE' AND table_name <> 'alembic_version'"
         )
         self._tables = [name for (name,) in rows]

@@ -24,7 +24,7 @@ class Processes:
 
     def __init__(self, *, on_disk: bool = False) -> None:
         # Not pytest's tmp_path: daemons that run as somebody else cannot enter it, and its name is long for a socket.
-        self.directory = Path(tempfile.mkdtemp(prefix="cm-", dir="/var/tmp" if on_disk else "/dev/shm"))  # noqa: S108
+        self.directory = Path(tempfile.mkdtemp(prefix="cm-", dir="/var/tmp" if on_disk else "/dev/shm"))
         self.directory.chmod(0o755)
         self._running: list[subprocess.Popen[bytes]] = []
         self._guard = subprocess.Popen(
@@ -115,7 +115,7 @@ def free_ports(count: int) -> list[int]:
     ports: list[int] = []
     with ExitStack() as held:
         while len(ports) < count:
-            port = random.randrange(10_000, 32_000)  # noqa: S311  no secret
+            port = random.randrange(10_000, 32_000)
             try:
                 held.enter_context(socket.socket()).bind(("127.0.0.1", port))
             except OSError:

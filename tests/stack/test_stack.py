@@ -1,7 +1,5 @@
 """The rendered configuration, in the real programs, on rows and homes made by hand."""
 
-# ruff: noqa: S608  every name in a statement is a constant of the test
-
 import imaplib
 import os
 import poplib

@@ -8,8 +8,8 @@ the view `worker_users`; it writes through `handlers`, `rows` and `queue.claim` 
 import asyncio
 import random
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import version
 from weakref import WeakValueDictionary
@@ -18,6 +18,7 @@ import structlog
 
 from app.config import WorkerSettings
 from app.db import Clock, Database, is_busy, is_lost, utc_now
+from app.errors import CacertMailError
 from app.log import log
 from app.models.jobs import JobState
 from app.queue.claim import Claim, LeaseLost, Outcome, claim, finish, give_up, heartbeat, retry, take_back
@@ -108,7 +109,7 @@ class Worker:
         for task in [task for task, taken in self.running.items() if taken in lost]:
             task.cancel()
         await take_back(self.host.database, self.host.name, now)
-        await write_status(self.host.database, self.host.name, now)
+        await write_status(self.host.database, self.host.name, heartbeat_at=now)
 
     async def guarded(self, what: Callable[[], Awaitable[object]]) -> bool:
         """False when the database was away. When it is back, Postfix is told: it keeps a map down for a minute."""
@@ -184,11 +185,21 @@ def _busy(error: Exception) -> bool:
     return isinstance(error, DBAPIError) and is_busy(error)
 
 
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What keeps us from starting is a sentence for whoever started us, not a traceback."""
+    try:
+        yield
+    except (HostError, OSError) as error:
+        raise CacertMailError(str(error)) from None
+
+
 @asynccontextmanager
 async def opened(settings: WorkerSettings, *, clock: Clock = utc_now) -> AsyncIterator[Host]:
-    """This machine as the settings describe it. Raises HostError when its directories cannot be trusted."""
+    """This machine as the settings describe it. Raises CacertMailError when its directories cannot be trusted."""
     async with AsyncExitStack() as stack:
-        homes = stack.enter_context(open_homes(settings.host_root, durable=settings.durable))
+        with _explained():
+            homes = stack.enter_context(open_homes(settings.host_root, durable=settings.durable))
         database = Database(
             settings.database_url.get_secret_value(),
             ca_file=settings.database_ca_file,
@@ -205,10 +216,13 @@ async def opened(settings: WorkerSettings, *, clock: Clock = utc_now) -> AsyncIt
         )
 
 
-async def run_worker(settings: WorkerSettings, *, clock: Clock = utc_now, worker_ready: Callable[[Worker], None] | None = None) -> None:
-    """Until SIGTERM or SIGINT. Raises HostError: another worker runs here, or a directory is not safe."""
-    hold_lock(settings.lock_file)
-    settings.wake_directory.mkdir(parents=True, exist_ok=True)
+async def run_worker(
+    settings: WorkerSettings, *, clock: Clock = utc_now, worker_ready: Callable[[Worker], None] | None = None
+) -> None:
+    """Until SIGTERM or SIGINT. Raises CacertMailError: another worker runs here, or a directory is not safe."""
+    with _explained():
+        hold_lock(settings.lock_file)
+        settings.wake_directory.mkdir(parents=True, exist_ok=True)
     async with opened(settings, clock=clock) as host:
         worker = Worker(host, settings)
         loop = asyncio.get_running_loop()
@@ -232,19 +246,27 @@ async def _begin(worker: Worker) -> None:
     async def begin() -> None:
         now = host.clock()
         taken = await take_back(host.database, host.name, now, all_running=True)
-        await write_status(host.database, host.name, now, started_at=now, release=version("cacert-mail"))
+        release = version("cacert-mail")
+        await write_status(host.database, host.name, heartbeat_at=now, started_at=now, release=release)
         log.info("worker_started", host=host.name, taken_back=taken)
 
     while not worker.stopping.is_set() and not await worker.guarded(begin):
-        await asyncio.sleep(worker.settings.poll_seconds)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(worker.stopping.wait(), worker.settings.poll_seconds)
 
 
 async def sweep_once(settings: WorkerSettings, *, dry_run: bool, clock: Clock = utc_now) -> Report:
     """One sweep, for the command line. A repairing one needs the lock: the running worker sweeps by itself."""
     if not dry_run:
-        hold_lock(settings.lock_file)
+        with _explained():
+            hold_lock(settings.lock_file)
     async with opened(settings, clock=clock) as host:
-        return await sweep(host, Worker(host, settings).lane, dry_run=dry_run)
+        try:
+            return await sweep(host, Worker(host, settings).lane, dry_run=dry_run)
+        except Exception as error:
+            if is_lost(error):
+                raise CacertMailError("The database cannot be reached.") from None
+            raise
 
 
-__all__ = ["HostError", "Worker", "run_worker", "sweep_once"]
+__all__ = ["Worker", "run_worker", "sweep_once"]

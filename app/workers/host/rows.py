@@ -6,7 +6,7 @@ parsed again here, and a row that does not parse is refused. Writes `applied` an
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Row, Select, and_, column, insert, select, table, update
@@ -18,18 +18,26 @@ from app.errors import BadAddress
 from app.models.domains import DomainKind
 from app.models.hosts import host_status
 from app.models.jobs import JobState, applied, jobs
-from app.models.users import UserState, users
+from app.models.users import UserState
 from app.queue.claim import Outcome, record
 from app.queue.contracts import MAILBOX_SYNC
 from app.workers.host.fs import Home
 
-_READ = ("id", "address", "local_part", "domain", "domain_kind", "host", "state", "version", "access_ended_at", "purged_at")
-
-# The types are those of the table below the view, so that times come back aware.
-_view = table(
-    "worker_users",
-    *(column(name, users.c[name].type if name in users.c else None) for name in _READ),
+_READ = (
+    "id",
+    "address",
+    "local_part",
+    "domain",
+    "domain_kind",
+    "host",
+    "state",
+    "version",
+    "access_ended_at",
+    "purged_at",
 )
+
+_view: Any = table("worker_users", *(column(name) for name in _READ))
+"""Without types: a time that is none must spoil its own row, in `parse_mailbox`, and not the answer that it is in."""
 
 
 class BadRow(Exception):
@@ -69,13 +77,15 @@ def parse_mailbox(row: Row[Any]) -> Mailbox:
         domain, local_part = DomainName(row.domain), LocalPart(row.local_part)
         address = MailAddress(row.address)
         kind, state = DomainKind(row.domain_kind), UserState(row.state)
+        access_ended_at, purged_at = _moment(row.access_ended_at), _moment(row.purged_at)
+        possible = 0 < row.id < 2**31 and row.version >= 1
     except (BadAddress, ValueError, TypeError, AttributeError) as error:
-        raise BadRow(f"User {row.id!r} has a name or state that is none: {error}") from None
+        raise BadRow(f"User {row.id!r} has a name, state or time that is none: {error}") from None
     if address != f"{local_part}@{domain}":
         raise BadRow(f"User {row.id} is {address} by its address and {local_part}@{domain} by its parts.")
     if kind is DomainKind.RELAY:
         raise BadRow(f"User {row.id} is in {domain}, which is passed on to another host.")
-    if not 0 < row.id < 2**31 or row.version < 1:
+    if not possible:
         raise BadRow(f"User {row.id} has an impossible id or version.")
     return Mailbox(
         row.id,
@@ -84,9 +94,16 @@ def parse_mailbox(row: Row[Any]) -> Mailbox:
         row.host,
         state,
         row.version,
-        row.access_ended_at,
-        row.purged_at is not None,
+        access_ended_at,
+        purged_at is not None,
     )
+
+
+def _moment(value: Any) -> datetime | None:
+    """MariaDB's driver gives a datetime; SQLite's gives text, and so does MariaDB's for a date that is none."""
+    if value is None:
+        return None
+    return (value if isinstance(value, datetime) else datetime.fromisoformat(value)).replace(tzinfo=UTC)
 
 
 def _present(row: Row[Any]) -> Present:
@@ -95,7 +112,7 @@ def _present(row: Row[Any]) -> Present:
     return Present(row.applied_version, row.stands, row.proofs, row.result)
 
 
-_MAILBOXES = select(
+_MAILBOXES: Select[Any] = select(
     _view, applied.c.version.label("applied_version"), applied.c.stands, applied.c.proofs, applied.c.result
 ).select_from(
     _view.outerjoin(
@@ -122,9 +139,7 @@ async def read_mailbox(database: Database, host: str, user_id: int) -> tuple[Mai
 
 async def others_of(database: Database, mailbox: Mailbox) -> tuple[bool, bool]:
     """Whether an earlier owner of the address is not archived yet, and whether somebody else has the address now."""
-    query = _MAILBOXES.where(
-        _view.c.address == mailbox.address, _view.c.host == mailbox.host, _view.c.id != mailbox.id
-    )
+    query = _MAILBOXES.where(_view.c.address == mailbox.address, _view.c.host == mailbox.host, _view.c.id != mailbox.id)
     async with database.read.connect() as connection:
         rows = (await connection.execute(query)).all()
     deleted = [row for row in rows if row.state == UserState.DELETED]
@@ -140,24 +155,21 @@ async def write_applied(database: Database, host: str, user_id: int, outcome: Ou
 async def read_batch(
     database: Database, host: str, after: int, limit: int
 ) -> Sequence[tuple[int, Mailbox | BadRow, Present]]:
-    """The next users of this host, in the order of their ids, without those that a waiting or running job is about."""
+    """The users of this host among the next `limit` ids, without those that a waiting or running job is about.
+
+    A range of ids and not a number of rows: for that MariaDB sorted all users that were left, for each batch.
+    """
     at_work = select(jobs.c.subject_id).where(
         jobs.c.host == host,
         jobs.c.kind == MAILBOX_SYNC,
         jobs.c.subject_id == _view.c.id,
         jobs.c.state.in_((JobState.READY, JobState.RUNNING)),
     )
-    query: Select[Any] = (
-        _MAILBOXES.add_columns(at_work.exists().label("at_work"))
-        .where(_view.c.host == host, _view.c.id > after)
-        .order_by(_view.c.id)
-        .limit(limit)
-    )
+    ids = _view.c.id.between(after + 1, after + limit)
+    query: Select[Any] = _MAILBOXES.where(_view.c.host == host, ids, ~at_work.exists()).order_by(_view.c.id)
     batch: list[tuple[int, Mailbox | BadRow, Present]] = []
     async with database.read.connect() as connection:
         for row in (await connection.execute(query)).all():
-            if row.at_work:
-                continue
             try:
                 batch.append((row.id, parse_mailbox(row), _present(row)))
             except BadRow as error:
@@ -172,15 +184,14 @@ async def last_id(database: Database, host: str) -> int:
         return (await connection.execute(query)).scalar() or 0
 
 
-async def write_status(database: Database, host: str, now: datetime, **values: Any) -> None:
-    """Heartbeat, and whatever else is given, into this host's row of `host_status`."""
-    changed = {"heartbeat_at": now, **values}
+async def write_status(database: Database, host: str, **values: Any) -> None:
+    """Into this host's row of `host_status`. Only a worker that starts makes the row, a sweep by hand does not."""
     async with database.write.begin() as connection:
-        result = await connection.execute(update(host_status).where(host_status.c.host == host).values(**changed))
-        if result.rowcount:
+        result = await connection.execute(update(host_status).where(host_status.c.host == host).values(**values))
+        if result.rowcount or "started_at" not in values:
             return
         try:
-            await connection.execute(insert(host_status).values(host=host, **changed))
+            await connection.execute(insert(host_status).values(host=host, **values))
         except IntegrityError as error:
             if duplicate_of(error) is None:
                 raise

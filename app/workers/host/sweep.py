@@ -5,16 +5,27 @@ should be.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from app.addresses import MailAddress
+from app.db import is_lost
 from app.log import log
 from app.models.users import UserState
 from app.workers.host.commands import CommandFailed, DovecotUser, NotConfigured
-from app.workers.host.handlers.users import GiveUp, Host, TryAgain, judge_login, judge_recipient, prove_maildir, sync_mailbox
-from app.workers.host.rows import BadRow, Mailbox, Present, read_batch, write_applied, write_status
+from app.workers.host.fs import HostError, check_home
+from app.workers.host.handlers.users import (
+    GiveUp,
+    Host,
+    TryAgain,
+    judge_login,
+    judge_recipient,
+    prove_maildir,
+    sync_mailbox,
+)
+from app.workers.host.rows import BadRow, Mailbox, Present, last_id, read_batch, write_applied, write_status
 
 BATCH = 1000
 SHOWN = 50
@@ -57,14 +68,10 @@ async def sweep(host: Host, lane: Lane, *, dry_run: bool = False) -> Report:
     Accounts that a job is about at the moment are the job's business.
     """
     report = Report()
-    after = 0
-    while True:
+    for after in range(0, await last_id(host.database, host.name), BATCH):
         batch = await read_batch(host.database, host.name, after, BATCH)
-        if not batch:
-            break
-        after = batch[-1][0]
         report.seen += len(batch)
-        for user_id, mailbox, why in await _differences(host, batch):
+        for user_id, mailbox, why in await _differences(host, batch, report):
             report.differ += 1
             if dry_run or mailbox is None:
                 report.left += 1
@@ -79,7 +86,7 @@ async def sweep(host: Host, lane: Lane, *, dry_run: bool = False) -> Report:
                 report.note(f"user {user_id}: {why}: {outcome}")
     if not dry_run:
         now = host.clock()
-        await write_status(host.database, host.name, now, swept_at=now, sweep=report.as_json())
+        await write_status(host.database, host.name, swept_at=now, sweep=report.as_json())
     if report.differ:
         log.warning("sweep", **{name: value for name, value in report.as_json().items() if name != "lines"})
     return report
@@ -93,20 +100,36 @@ async def _repair(host: Host, lane: Lane, mailbox: Mailbox) -> str | None:
             await write_applied(host.database, host.name, mailbox.id, outcome, host.clock())
     except (TryAgain, GiveUp, OSError) as error:
         return str(error)
+    except Exception as error:
+        if is_lost(error):
+            raise
+        log.error("repair_failed", user_id=mailbox.id, exc_info=error)
+        return type(error).__name__
     return None
 
 
 Difference = tuple[int, Mailbox | None, str]
 
 
-async def _differences(host: Host, batch: Sequence[tuple[int, Mailbox | BadRow, Present]]) -> list[Difference]:
-    good = [(mailbox, present) for _, mailbox, present in batch if isinstance(mailbox, Mailbox)]
+async def _differences(
+    host: Host, batch: Sequence[tuple[int, Mailbox | BadRow, Present]], report: Report
+) -> list[Difference]:
+    found: list[Difference] = []
+    good: list[tuple[Mailbox, Present]] = []
+    for user_id, mailbox, present in batch:
+        try:
+            if isinstance(mailbox, BadRow):
+                raise mailbox
+            host.uid_of(mailbox)
+        except (BadRow, GiveUp) as error:
+            found.append((user_id, None, str(error)))
+        else:
+            good.append((mailbox, present))
     standing = [mailbox for mailbox, _ in good if mailbox.state is not UserState.DELETED]
-    recipients, logins = await asyncio.gather(_recipients(host, standing), _logins(host, standing))
-    maildirs = await asyncio.to_thread(lambda: {mailbox.id: prove_maildir(host, mailbox) for mailbox in standing})
-    found: list[Difference] = [
-        (user_id, None, str(mailbox)) for user_id, mailbox, _ in batch if isinstance(mailbox, BadRow)
-    ]
+    recipients, logins = await asyncio.gather(
+        _asked(report, host.commands.lookup_recipients, standing), _asked(report, host.commands.lookup_users, standing)
+    )
+    maildirs = await asyncio.to_thread(lambda: {mailbox.id: _prove_maildir(host, mailbox) for mailbox, _ in good})
     for mailbox, present in good:
         if present.version != mailbox.version:
             found.append((mailbox.id, mailbox, f"version {present.version} is applied, {mailbox.version} is wanted"))
@@ -115,12 +138,10 @@ async def _differences(host: Host, batch: Sequence[tuple[int, Mailbox | BadRow, 
         if present.stands != stands:
             found.append((mailbox.id, mailbox, "it stands" if present.stands else "it does not stand"))
             continue
-        if not stands:
-            continue
         proofs = {"maildir": maildirs[mailbox.id]}
-        if recipients is not None:
+        if stands and recipients is not None:
             proofs["postfix"] = judge_recipient(mailbox, recipients.get(mailbox.address))
-        if logins is not None:
+        if stands and logins is not None:
             home = host.homes.path_of(mailbox.home)
             proofs["dovecot"] = _judge(logins.get(mailbox.address), host.owner_of(mailbox), home)
         failed = [f"{name}: {proof['detail']}" for name, proof in proofs.items() if proof["result"] == "failed"]
@@ -140,15 +161,33 @@ def _judge(answer: DovecotUser | CommandFailed | None, uid: int, home: str) -> d
     return judge_login(answer, uid, home)
 
 
-async def _recipients(host: Host, standing: Sequence[Mailbox]) -> dict[str, str] | None:
+def _prove_maildir(host: Host, mailbox: Mailbox) -> dict[str, Any]:
+    """Of a deleted account: that its home is not back in the place, as far as its owner shows whose it is."""
     try:
-        return await host.commands.lookup_recipients([mailbox.address for mailbox in standing]) if standing else {}
+        if mailbox.state is not UserState.DELETED:
+            return prove_maildir(host, mailbox)
+        if host.tells_apart(mailbox):
+            check_home(host.homes, mailbox.home, host.uid_of(mailbox))
+            return {"result": "failed", "detail": "its home is in place"}
+    except HostError:
+        pass
+    except OSError as error:
+        return {"result": "failed", "detail": str(error)}
+    return {"result": "ok", "detail": None}
+
+
+V = TypeVar("V")
+
+
+async def _asked(
+    report: Report, lookup: Callable[[list[MailAddress]], Awaitable[dict[str, V]]], standing: Sequence[Mailbox]
+) -> dict[str, V] | None:
+    """None when there is no such program, or when it has no answer for anybody, which is no account's difference."""
+    try:
+        return await lookup([mailbox.address for mailbox in standing]) if standing else {}
     except NotConfigured:
         return None
-
-
-async def _logins(host: Host, standing: Sequence[Mailbox]) -> dict[str, DovecotUser | CommandFailed] | None:
-    try:
-        return await host.commands.lookup_users([mailbox.address for mailbox in standing]) if standing else {}
-    except NotConfigured:
+    except CommandFailed as error:
+        report.left += 1
+        report.note(str(error))
         return None

@@ -13,14 +13,14 @@ from datetime import datetime, timedelta
 from sqlalchemy import delete, select, tuple_
 
 from app.config import ServiceSettings
-from app.db import Clock, Database, utc_now
+from app.db import Clock, Database, is_lost, utc_now
 from app.log import log
 from app.models.hosts import SERVICE_HOST
 from app.models.idempotency_keys import idempotency_keys
 from app.queue.claim import prune
 from app.queue.wake import Listener, wake
 from app.services.changes import Actor, Change
-from app.services.users import API, SERVICE, due_for_purge, purge_user
+from app.services.users import API, SERVICE, Rights, due_for_purge, purge_user
 
 KEEP_KEYS = timedelta(hours=24)
 BATCH = 100
@@ -58,15 +58,30 @@ async def run_due(database: Database, settings: ServiceSettings, now: datetime) 
     async with database.read.connect() as connection:
         due = await due_for_purge(connection, now, limit=BATCH, rights=rights)
     for user_id in due:
-        actor = Actor("service", "", f"purge-{secrets.token_hex(6)}")
-        async with database.write.begin() as connection:
-            await purge_user(Change(connection, actor, now), user_id, rights=rights)
-        log.info("user_purged", user_id=user_id, request_id=actor.request_id)
+        try:
+            await purge_due(database, user_id, now, rights)
+        except Exception as error:  # one account keeps no other from its turn
+            if is_lost(error):
+                raise
+            log.error("user_not_purged", user_id=user_id, exc_info=error)
     if due:
         for socket in settings.wake_directory.glob("*.wake"):
             wake(settings.wake_directory, socket.stem)
     await prune(database, now - timedelta(days=settings.keep_jobs_days))
     await prune_keys(database, now - KEEP_KEYS)
+
+
+async def purge_due(database: Database, user_id: int, now: datetime, rights: Rights) -> None:
+    actor = Actor("service", "", f"purge-{secrets.token_hex(6)}")
+    columns = rights.users.c
+    async with database.write.begin() as connection:
+        # By version: since it was found due it may have been restored, and deleted again for another month.
+        query = select(columns.version).where(columns.id == user_id, columns.purge_at <= now)
+        version = (await connection.execute(query)).scalar()
+        if version is None:
+            return
+        await purge_user(Change(connection, actor, now), user_id, expected_version=version, rights=rights)
+    log.info("user_purged", user_id=user_id, request_id=actor.request_id)
 
 
 async def prune_keys(database: Database, before: datetime, *, limit: int = 500) -> int:

@@ -11,7 +11,9 @@ Whatever happened, this ends in the same place, however often it runs:
     deleted    in the archive                no               maildir (archived), postfix and dovecot (unknown), sessions
     purged     gone                          no               the same
 
-The order matters: a home stands before the views show the account, and the views hide it before the home is moved.
+The order matters: a home stands before the views show the account, and the views hide it before the home is moved. The
+`home` in `applied.result` is set before a home is brought back, and cleared after it is archived, so that a run that was cut
+off in between is known by it.
 """
 
 import asyncio
@@ -23,7 +25,7 @@ from app.models.users import UserState
 from app.queue.claim import Outcome
 from app.workers.host.commands import Batched, CommandFailed, Commands, DovecotUser, NotConfigured
 from app.workers.host.fs import (
-    HomeBroken,
+    ArchiveMissing,
     Homes,
     HostError,
     check_home,
@@ -77,6 +79,10 @@ class Host:
         """The uid that they really have: without root, the worker's own."""
         return self.homes.owner_of(self.uid_of(mailbox))[0]
 
+    def tells_apart(self, mailbox: Mailbox) -> bool:
+        """Whether a home shows by its owner whose it is: not without root."""
+        return self.owner_of(mailbox) == self.uid_of(mailbox)
+
 
 async def sync_mailbox(host: Host, user_id: int) -> Outcome:
     """Returns what was made true and proved. Raises TryAgain, GiveUp, or an OSError or database error that may pass."""
@@ -104,8 +110,8 @@ async def _make_stand(host: Host, mailbox: Mailbox, present: Present) -> Outcome
         waiting, _ = await others_of(host.database, mailbox)
         if waiting:
             raise TryAgain(f"An earlier account {mailbox.address} is not archived yet.")
-        if present.get("archived"):
-            await asyncio.to_thread(ensure_restored, host.homes, mailbox.home, uid, mailbox.id)
+        if present.result is not None:
+            await _bring_back(host, mailbox, present, uid)
     home = await asyncio.to_thread(ensure_home, host.homes, mailbox.home, uid)
     result = {
         "uid": host.owner_of(mailbox),
@@ -127,11 +133,24 @@ async def _make_stand(host: Host, mailbox: Mailbox, present: Present) -> Outcome
     return await _end(host, mailbox, present, Outcome(mailbox.version, True, {**proofs, **sessions}, result))
 
 
+async def _bring_back(host: Host, mailbox: Mailbox, present: Present, uid: int) -> None:
+    """Its home from the archive, if one lies there: a run that was cut off may have moved it without saying so."""
+    if present.get("archived") and present.get("home") is None:
+        moving = {**(present.result or {}), "home": host.homes.path_of(mailbox.home)}
+        outcome = Outcome(present.version, False, present.proofs or {}, moving)
+        await write_applied(host.database, host.name, mailbox.id, outcome, host.clock())
+    try:
+        await asyncio.to_thread(ensure_restored, host.homes, mailbox.home, uid, mailbox.id)
+    except ArchiveMissing:
+        if present.get("archived"):
+            raise
+
+
 async def _make_away(host: Host, mailbox: Mailbox, present: Present) -> Outcome:
     uid = host.uid_of(mailbox)
     result = {
         "uid": present.get("uid"),
-        "home": None,
+        "home": present.get("home"),
         "archived": bool(present.get("archived")),
         "access_ended_at": present.get("access_ended_at"),
     }
@@ -141,11 +160,10 @@ async def _make_away(host: Host, mailbox: Mailbox, present: Present) -> Outcome:
         await write_applied(host.database, host.name, mailbox.id, hidden, host.clock())
         await host.commands.flush_auth_cache(mailbox.address)
     sessions = await _prove_sessions(host, mailbox, present)
-    if not result["archived"]:
-        _, successor = await others_of(host.database, mailbox)
-        if not successor or present.stands:
-            archived = await asyncio.to_thread(ensure_archived, host.homes, mailbox.home, uid, mailbox.id)
-            result["archived"] = archived
+    if await _may_lie_there(host, mailbox, present):
+        archived = await asyncio.to_thread(ensure_archived, host.homes, mailbox.home, uid, mailbox.id)
+        result["archived"] = archived or result["archived"]
+    result["home"] = None
     detail = "archived" if result["archived"] else "there was none to keep"
     if mailbox.purged:
         await asyncio.to_thread(ensure_purged, host.homes, mailbox.id)
@@ -155,6 +173,16 @@ async def _make_away(host: Host, mailbox: Mailbox, present: Present) -> Outcome:
         _prove_no_recipient(host, mailbox), _prove_no_login(host, mailbox, uid)
     )
     return await _end(host, mailbox, present, Outcome(mailbox.version, False, {**proofs, **sessions}, result))
+
+
+async def _may_lie_there(host: Host, mailbox: Mailbox, present: Present) -> bool:
+    """Whether a home in the place may be this deleted account's, and not a successor's."""
+    if host.tells_apart(mailbox) or present.get("home") is not None:
+        return True
+    if present.version > 0:
+        return False
+    _, successor = await others_of(host.database, mailbox)
+    return not successor
 
 
 async def _end(host: Host, mailbox: Mailbox, present: Present, outcome: Outcome) -> Outcome:
@@ -198,10 +226,10 @@ async def _end_sessions(host: Host, mailbox: Mailbox) -> dict[str, Any]:
 def prove_maildir(host: Host, mailbox: Mailbox) -> dict[str, Any]:
     try:
         check_home(host.homes, mailbox.home, host.uid_of(mailbox))
-    except HomeBroken as error:
+    except HostError as error:
         return _failed(str(error))
     owner = host.owner_of(mailbox)
-    if owner == host.uid_of(mailbox):
+    if host.tells_apart(mailbox):
         return _ok(f"owner {owner}, mode 0700")
     return _ok(f"owner {owner}, mode 0700; its own uid {host.uid_of(mailbox)} needs root, which this worker is not")
 
