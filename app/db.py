@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from pydantic_core import from_json
 from sqlalchemy import CursorResult, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -113,7 +114,16 @@ def _mariadb(url: URL, ca_file: Path | None, pool_size: int, **options: Any) -> 
         # asyncmy verifies the server only when it is given a CA.
         connect["ssl"] = ssl.create_default_context(cafile=str(ca_file))
     return create_async_engine(
-        url, pool_size=pool_size, max_overflow=0, pool_timeout=10, connect_args=connect, hide_parameters=True, **options
+        url,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=10,
+        # Every transaction here ends with its own block, also when it is cancelled: no ROLLBACK after each COMMIT.
+        pool_reset_on_return=None,
+        connect_args=connect,
+        hide_parameters=True,
+        json_deserializer=from_json,
+        **options,
     )
 
 

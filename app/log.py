@@ -27,9 +27,11 @@ def redact(logger: Any, method: str, event: MutableMapping[str, Any]) -> Mutable
 
 def set_up_logging(log_format: str, level: str) -> None:
     """To standard error: `console` for people, `json` (one object a line) for machines."""
-    renderer: Any = structlog.processors.JSONRenderer() if log_format == "json" else structlog.dev.ConsoleRenderer(
-            colors=False, exception_formatter=structlog.dev.plain_traceback
-        )
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+    )
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

@@ -45,6 +45,8 @@ def api(
     ssl_keyfile: Annotated[Path | None, typer.Option(help="The certificate's private key.")] = None,
 ) -> None:
     """Serve the HTTP API. Unprivileged; its database user is `api`."""
+    import gc
+
     import uvicorn
 
     from app.config import ApiSettings
@@ -58,6 +60,10 @@ def api(
         app = create_app(settings)
     except KeysUnusable as error:
         raise stop(str(error)) from None
+    # What is loaded by now lives as long as the process: the collector need not walk it again and again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
     uvicorn.run(
         app,
         host=settings.listen_address,

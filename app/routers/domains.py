@@ -11,12 +11,13 @@ from app.addresses import DomainName
 from app.models.domains import DomainKind
 from app.routers.shapes import (
     CONFLICT,
+    IDEMPOTENCY_KEY,
+    IF_NONE_MATCH,
     NOT_FOUND,
     NOT_MODIFIED,
     CanReadDomains,
     CanWriteDomains,
-    IdempotencyKey,
-    IfNoneMatch,
+    takes,
 )
 from app.services import domains as service
 from app.web.answers import answer
@@ -71,8 +72,15 @@ async def _answer(call: Call, name: str | int, *, created: bool = False) -> Resp
     )
 
 
-@router.post("", status_code=201, response_model=DomainBody, summary="Add a domain", responses=CONFLICT)
-async def create_domain(body: NewDomainBody, call: CanWriteDomains, idempotency_key: IdempotencyKey = None) -> Response:
+@router.post(
+    "",
+    status_code=201,
+    response_model=DomainBody,
+    summary="Add a domain",
+    responses=CONFLICT,
+    openapi_extra=takes(IDEMPOTENCY_KEY),
+)
+async def create_domain(body: NewDomainBody, call: CanWriteDomains) -> Response:
     """`virtual`: accounts here. `relay`: passed on to another host. `primary`: there is exactly one, made first."""
     domain_id = await call.write(service.create_domain, body.name, body.kind)
     return await _answer(call, domain_id, created=True)
@@ -90,8 +98,14 @@ async def list_domains(
     return page_response(call.request, [DomainBody.of(row) for row in rows], rows[-1].id if rows else None, limit)
 
 
-@router.get("/{domain}", response_model=DomainBody, summary="Read a domain", responses={**NOT_FOUND, **NOT_MODIFIED})
-async def get_domain(domain: Name, call: CanReadDomains, if_none_match: IfNoneMatch = None) -> Response:
+@router.get(
+    "/{domain}",
+    response_model=DomainBody,
+    summary="Read a domain",
+    responses={**NOT_FOUND, **NOT_MODIFIED},
+    openapi_extra=takes(IF_NONE_MATCH),
+)
+async def get_domain(domain: Name, call: CanReadDomains) -> Response:
     """Whether mailboxes are here (`primary`, `virtual`) or mail is passed on (`relay`)."""
     return await _answer(call, domain)
 

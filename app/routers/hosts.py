@@ -10,14 +10,15 @@ from starlette.responses import Response
 from app.routers.shapes import (
     CHANGED,
     CONFLICT,
+    IDEMPOTENCY_KEY,
+    IF_MATCH,
+    IF_NONE_MATCH,
     NOT_FOUND,
     NOT_MODIFIED,
     CanReadHosts,
     CanWriteHosts,
     HostName,
-    IdempotencyKey,
-    IfMatch,
-    IfNoneMatch,
+    takes,
 )
 from app.services import hosts as service
 from app.web.answers import answer
@@ -84,8 +85,15 @@ async def _answer(call: Call, name: str, *, created: bool = False) -> Response:
     return answer(call, HostBody.of(row), status=201 if created else 200, tag=tag, location=location)
 
 
-@router.post("", status_code=201, response_model=HostBody, summary="Add a mail host", responses=CONFLICT)
-async def create_host(body: NewHostBody, call: CanWriteHosts, idempotency_key: IdempotencyKey = None) -> Response:
+@router.post(
+    "",
+    status_code=201,
+    response_model=HostBody,
+    summary="Add a mail host",
+    responses=CONFLICT,
+    openapi_extra=takes(IDEMPOTENCY_KEY),
+)
+async def create_host(body: NewHostBody, call: CanWriteHosts) -> Response:
     """Its worker runs there with `MAIL_HOST` set to this name."""
     name = await call.write(service.create_host, body.name, enabled=body.enabled)
     return await _answer(call, name, created=True)
@@ -98,16 +106,26 @@ async def list_hosts(call: CanReadHosts, limit: Limit = 50, cursor: NameCursor =
     return page_response(call.request, [HostBody.of(row) for row in rows], rows[-1].name if rows else None, limit)
 
 
-@router.get("/{host}", response_model=HostBody, summary="Read a mail host", responses={**NOT_FOUND, **NOT_MODIFIED})
-async def get_host(host: Name, call: CanReadHosts, if_none_match: IfNoneMatch = None) -> Response:
+@router.get(
+    "/{host}",
+    response_model=HostBody,
+    summary="Read a mail host",
+    responses={**NOT_FOUND, **NOT_MODIFIED},
+    openapi_extra=takes(IF_NONE_MATCH),
+)
+async def get_host(host: Name, call: CanReadHosts) -> Response:
     """With its worker's heartbeat and the result of its last sweep."""
     return await _answer(call, host)
 
 
 @router.patch(
-    "/{host}", response_model=HostBody, summary="Enable or disable a mail host", responses={**NOT_FOUND, **CHANGED}
+    "/{host}",
+    response_model=HostBody,
+    summary="Enable or disable a mail host",
+    responses={**NOT_FOUND, **CHANGED},
+    openapi_extra=takes(IF_MATCH),
 )
-async def change_host(host: Name, body: ChangedHostBody, call: CanWriteHosts, if_match: IfMatch = None) -> Response:
+async def change_host(host: Name, body: ChangedHostBody, call: CanWriteHosts) -> Response:
     """A disabled host keeps its accounts and takes no new ones."""
     version = expected_version(call.request)
     await call.write(service.change_host, host, enabled=body.enabled, expected_version=version)

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from app.models.jobs import JobState
 from app.queue.contracts import JobKind
-from app.routers.shapes import CONFLICT, NOT_FOUND, CanReadJobs, CanRetryJobs, HostName, IdempotencyKey
+from app.routers.shapes import CONFLICT, IDEMPOTENCY_KEY, NOT_FOUND, CanReadJobs, CanRetryJobs, HostName, takes
 from app.services import jobs as service
 from app.web.answers import answer
 from app.web.dependencies import Call, Route
@@ -81,8 +81,9 @@ async def get_job(job: JobId, call: CanReadJobs) -> Response:
     response_model=JobDetail,
     summary="Try a dead job again",
     responses={**NOT_FOUND, **CONFLICT},
+    openapi_extra=takes(IDEMPOTENCY_KEY),
 )
-async def retry_job(job: JobId, call: CanRetryJobs, idempotency_key: IdempotencyKey = None) -> Response:
+async def retry_job(job: JobId, call: CanRetryJobs) -> Response:
     """Makes a new job about the same account as it is now. The answer is the new job."""
     new_id = await call.write(service.retry_job, job)
     return await _answer(call, new_id, created=True)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import Depends, Header, Path
+from fastapi import Depends, Path
 from pydantic import AfterValidator, Field, StringConstraints
 
 from app.addresses import MailAddress
@@ -37,24 +37,20 @@ CanReadAddresses = Annotated[Call, Depends(Needs(Permission.ADDRESSES_READ))]
 CanReadJobs = Annotated[Call, Depends(Needs(Permission.JOBS_READ))]
 CanRetryJobs = Annotated[Call, Depends(Needs(Permission.JOBS_RETRY))]
 
-Prefer = Annotated[
-    str | None,
-    Header(
-        alias="Prefer",
-        description="`wait=N`: answer when the host is ready, at most after N seconds (30).",
-        json_schema_extra={"example": "wait=10"},
-    ),
-]
-IdempotencyKey = Annotated[
-    str | None,
-    Header(alias="Idempotency-Key", description="Up to 128 visible characters: sent again, it does nothing twice."),
-]
-IfMatch = Annotated[
-    str | None, Header(alias="If-Match", description="The ETag of what you read: refused with 412 if it changed since.")
-]
-IfNoneMatch = Annotated[
-    str | None, Header(alias="If-None-Match", description="The ETag that you have: 304 if it is still so.")
-]
+
+def _header(name: str, description: str, **more: Any) -> dict[str, Any]:
+    return {"name": name, "in": "header", "description": description, "schema": {"type": "string"}, **more}
+
+
+PREFER = _header("Prefer", "`wait=N`: answer when the host is ready, at most after N seconds (30).", example="wait=10")
+IDEMPOTENCY_KEY = _header("Idempotency-Key", "Up to 128 visible characters: sent again, it does nothing twice.")
+IF_MATCH = _header("If-Match", "The ETag of what you read: refused with 412 if it changed since.")
+IF_NONE_MATCH = _header("If-None-Match", "The ETag that you have: 304 if it is still so.")
+
+
+def takes(*headers: dict[str, Any]) -> dict[str, Any]:
+    """Headers that `web` reads by itself. As parameters of the handler they would cost each request 60 µs."""
+    return {"parameters": list(headers)}
 
 
 def parse_key(text: str) -> MailAddress | int:

@@ -14,6 +14,8 @@ from app.models.addresses import AddressKind, addresses
 from app.models.domains import DomainKind, domains
 from app.models.users import users
 
+_INSERT = insert(addresses)
+
 
 class AddressStatus(StrEnum):
     FREE = "free"
@@ -39,7 +41,7 @@ async def claim_address(
     check_reserved(address)
     values = {"address": address, "kind": kind.value, "subject_id": subject_id}
     try:
-        await connection.execute(insert(addresses), values)
+        await connection.execute(_INSERT, values)
         return
     except IntegrityError as error:
         if duplicate_of(error) not in ("primary", "addresses_address"):

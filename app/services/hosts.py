@@ -74,14 +74,10 @@ async def delete_host(change: Change, name: str) -> None:
     await record_event(change, "hosts.delete", "host", name, before={"name": name})
 
 
-async def choose_host(connection: AsyncConnection, name: str | None) -> str:
-    """The host that a request names, or the only enabled one."""
-    query = select(hosts.c.name).where(hosts.c.enabled).order_by(hosts.c.name).limit(2)
-    if name is not None:
-        query = query.where(hosts.c.name == name)
-    found = list((await connection.execute(query)).scalars())
+def choose_host(found: Sequence[str], name: str | None) -> str:
+    """The only one of the enabled hosts that were found for `name`, or without one; HostNotChosen says what to do."""
     if len(found) == 1:
-        return str(found[0])
+        return found[0]
     if name is not None:
         raise HostNotChosen(f"There is no enabled host {name}. GET /v1/hosts lists them.", field="host")
     if found:

@@ -6,6 +6,7 @@ The job is always `mailbox.sync`, whatever happened: the worker reads the row an
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -39,6 +40,7 @@ from app.errors import (
 )
 from app.models.addresses import AddressKind, addresses
 from app.models.domains import DomainKind, domains
+from app.models.hosts import hosts
 from app.models.jobs import JobState, applied, jobs
 from app.models.users import UserState, users
 from app.models.views import service_purged, service_users
@@ -66,9 +68,15 @@ SERVICE = Rights(service_users, service_purged)
 
 _APPLIED = and_(applied.c.host == users.c.host, applied.c.kind == KIND, applied.c.subject_id == users.c.id)
 
+SHOWN = (
+    "id address display_name contact_address external_id quota_bytes state suspended_reason host version created_at"
+    " updated_at deleted_at purge_at purged_at has_password"
+).split()
+"""The first columns of a `UserRecord.row`, in this order: what an answer shows as it stands."""
+
 _USERS: Select[Any] = select(
-    *_READABLE,
-    users.c.password_hash.is_not(None).label("has_password"),
+    *(users.c[name] for name in SHOWN[:-1]),
+    users.c.password_hash.is_not(None).label(SHOWN[-1]),
     applied.c.version.label("applied_version"),
     applied.c.revision,
     applied.c.proofs,
@@ -82,7 +90,20 @@ _BY_ADDRESS = _USERS.select_from(
 # The statements of each GET and POST, made once: to make one costs as much as to run it.
 _ONE_BY_ID = _BY_ID.where(users.c.id == bindparam("key"))
 _ONE_BY_ADDRESS = _BY_ADDRESS.where(addresses.c.address == bindparam("key"))
-_DOMAIN = select(domains.c.id, domains.c.kind).where(domains.c.name == bindparam("name"))
+_PLACE = (
+    select(domains.c.id, domains.c.kind, hosts.c.name.label("host"))
+    .select_from(
+        domains.outerjoin(
+            hosts,
+            and_(
+                hosts.c.enabled,
+                or_(bindparam("host", type_=hosts.c.name.type).is_(None), hosts.c.name == bindparam("host")),
+            ),
+        )
+    )
+    .where(domains.c.name == bindparam("domain"))
+    .limit(2)
+)
 _INSERT = insert(users)
 _LATEST_JOB = (
     select(jobs.c.id, jobs.c.state, jobs.c.error)
@@ -123,9 +144,17 @@ class JobRow(NamedTuple):
 class UserRecord:
     """A user as it should be and as it is, and the job in between while they differ."""
 
-    row: Row[Any]
+    shown: dict[str, Any]
+    """By the names of SHOWN."""
+    revision: int | None
+    proofs: dict[str, Any]
+    result: dict[str, Any]
     ready: bool
     job: JobRow | None
+
+    @property
+    def id(self) -> int:
+        return int(self.shown["id"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,21 +168,22 @@ class UserFilter:
     address: str | None = None
 
 
-async def create_user(change: Change, new: NewUser) -> int:
+async def create_user(change: Change, new: NewUser) -> UserRecord:
+    """Returns the account as it was written, so that nobody who does not wait for the host reads it again."""
     connection = change.connection
     check_reserved(new.address)
-    domain = (await connection.execute(_DOMAIN, {"name": new.address.domain})).one_or_none()
-    if domain is None:
+    places = (await connection.execute(_PLACE, {"domain": new.address.domain, "host": new.host})).all()
+    if not places:
         raise BadField(f"{new.address.domain} is not a domain here: POST /v1/domains adds one.", field="address")
-    if domain.kind == DomainKind.RELAY:
+    if places[0].kind == DomainKind.RELAY:
         raise BadField(f"{new.address.domain} is passed on to another host and has no mailboxes here.", field="address")
-    host = await choose_host(connection, new.host)
+    host = choose_host([place.host for place in places if place.host is not None], new.host)
     if new.contact_address is not None and new.contact_address.lower() == new.address:
         raise BadField("The contact address cannot be the mailbox itself.", field="contact_address")
     values = {
         "address": new.address,
         "local_part": new.address.local_part,
-        "domain_id": domain.id,
+        "domain_id": places[0].id,
         "host": host,
         "display_name": new.display_name,
         "contact_address": new.contact_address,
@@ -186,8 +216,9 @@ async def create_user(change: Change, new: NewUser) -> int:
             "reuse_address": new.reuse_address,
         },
     )
-    await _enqueue(change, user_id, host, new.address, 1)
-    return user_id
+    job_id = await _enqueue(change, user_id, host, new.address, 1)
+    shown = {name: values.get(name) for name in SHOWN} | {"id": user_id, "has_password": new.password_hash is not None}
+    return UserRecord(shown, None, {}, {}, False, JobRow(job_id, JobState.READY, None))
 
 
 CHANGEABLE = ("display_name", "contact_address", "external_id", "quota_bytes", "state", "suspended_reason")
@@ -391,14 +422,24 @@ async def get_user(connection: AsyncConnection, key: MailAddress | int) -> UserR
     if row is None:
         raise _missing(key)
     if is_ready(row):
-        return UserRecord(row, True, None)
+        return _record(row, True, None)
     job = (await connection.execute(_LATEST_JOB, {"host": row.host, "user_id": row.id})).one_or_none()
-    return UserRecord(row, False, None if job is None else JobRow(job.id, job.state, job.error))
+    return _record(row, False, None if job is None else JobRow(job.id, job.state, job.error))
+
+
+def _record(row: Row[Any], ready: bool, job: JobRow | None) -> UserRecord:
+    shown = dict(zip(SHOWN, row, strict=False))
+    return UserRecord(shown, row.revision, row.proofs or {}, row.result or {}, ready, job)
 
 
 def is_ready(row: Row[Any]) -> bool:
     """The version that is wanted was applied, and no proof has failed since."""
-    return row.applied_version == row.version and all(proof["result"] != "failed" for proof in row.proofs.values())
+    if row.applied_version != row.version:
+        return False
+    for proof in row.proofs.values():  # noqa: SIM110  a generator costs as much as the whole row, on a page of many
+        if proof["result"] == "failed":
+            return False
+    return True
 
 
 async def _latest_jobs(connection: AsyncConnection, ids: Sequence[int]) -> dict[int, JobRow]:
@@ -417,36 +458,50 @@ async def list_users(
     connection: AsyncConnection, wanted: UserFilter, *, after: int | None = None, limit: int
 ) -> list[UserRecord]:
     """In the order of their ids. Paging by id lets MariaDB walk one index; by domain and address it chose a slow plan."""
-    query = _BY_ID.where(*_conditions(wanted)).order_by(users.c.id).limit(limit)
-    if after is not None:
-        query = query.where(users.c.id > after)
-    if wanted.domain is not None:
+    q = None if not wanted.q else f"%{_escaped(wanted.q.lower())}%"
+    given = {
+        "after": after,
+        "domain": wanted.domain,
+        "state": wanted.state,
+        "address": wanted.address,
+        "external_id": wanted.external_id,
+        # An address is compared with an ascii column, where anything else is an error on MariaDB.
+        "name": q,
+        "name_or_address": q if q is not None and q.isascii() else None,
+    }
+    used = {name: value for name, value in given.items() if value is not None}
+    query = _page(frozenset(used), wanted.ready)
+    rows = (await connection.execute(query, {**used, "limit": limit})).all()
+    found = [(row, is_ready(row)) for row in rows]
+    latest = await _latest_jobs(connection, [row.id for row, ready in found if not ready])
+    return [_record(row, ready, latest.get(row.id) if latest else None) for row, ready in found]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("/", "//").replace("%", "/%").replace("_", "/_")
+
+
+@cache
+def _page(used: frozenset[str], ready: bool | None) -> Select[Any]:
+    """The statement for the filters that are used: to make one costs as much as to run it."""
+    query = _BY_ID.order_by(users.c.id).limit(bindparam("limit"))
+    if "after" in used:
+        query = query.where(users.c.id > bindparam("after"))
+    if "domain" in used:
         query = query.where(
-            users.c.domain_id == select(domains.c.id).where(domains.c.name == wanted.domain).scalar_subquery()
+            users.c.domain_id == select(domains.c.id).where(domains.c.name == bindparam("domain")).scalar_subquery()
         )
-    rows = (await connection.execute(query)).all()
-    latest = await _latest_jobs(connection, [row.id for row in rows if not is_ready(row)])
-    return [UserRecord(row, is_ready(row), latest.get(row.id)) for row in rows]
-
-
-def _conditions(wanted: UserFilter) -> list[ColumnElement[bool]]:
-    conditions: list[ColumnElement[bool]] = []
-    if wanted.state is None:
-        conditions.append(users.c.state != UserState.DELETED)
-    else:
-        conditions.append(users.c.state == wanted.state.value)
-    if wanted.address is not None:
-        conditions.append(users.c.address == wanted.address)
-    if wanted.external_id is not None:
-        conditions.append(users.c.external_id == wanted.external_id)
-    if wanted.q:
-        q = wanted.q.lower()
-        matches = [func.lower(users.c.display_name).contains(q, autoescape=True)]
-        if q.isascii():  # compared with an ascii column, anything else is an error on MariaDB
-            matches.append(users.c.address.contains(q, autoescape=True))
-        conditions.append(or_(*matches))
-    if wanted.ready is not None:
+    query = query.where(users.c.state == bindparam("state") if "state" in used else users.c.state != UserState.DELETED)
+    for name in ("address", "external_id"):
+        if name in used:
+            query = query.where(users.c[name] == bindparam(name))
+    if "name" in used:
+        matches: list[ColumnElement[bool]] = [func.lower(users.c.display_name).like(bindparam("name"), escape="/")]
+        if "name_or_address" in used:
+            matches.append(users.c.address.like(bindparam("name_or_address"), escape="/"))
+        query = query.where(or_(*matches))
+    if ready is not None:
         failed = applied.c.proofs.cast(String).contains('"result": "failed"')
-        ready = and_(applied.c.version == users.c.version, not_(failed))
-        conditions.append(ready if wanted.ready else or_(applied.c.version.is_(None), not_(ready)))
-    return conditions
+        applies = and_(applied.c.version == users.c.version, not_(failed))
+        query = query.where(applies if ready else or_(applied.c.version.is_(None), not_(applies)))
+    return query

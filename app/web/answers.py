@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel
+from pydantic_core import to_json
 from starlette.responses import Response
 
 from app.models.jobs import JobState
@@ -22,9 +23,10 @@ class JobBody(BaseModel):
     error: str | None
     url: str
 
-    @staticmethod
-    def of(job: JobRow) -> "JobBody":
-        return JobBody.model_construct(id=job.id, state=JobState(job.state), error=job.error, url=f"/v1/jobs/{job.id}")
+
+def job_body(job: JobRow) -> dict[str, Any]:
+    """What JobBody describes."""
+    return {"id": job.id, "state": job.state, "error": job.error, "url": f"/v1/jobs/{job.id}"}
 
 
 class Provable(Protocol):
@@ -61,7 +63,7 @@ async def settled(call: Call, read: Callable[[], Awaitable[R]]) -> tuple[R, bool
 
 def answer(
     call: Call,
-    body: BaseModel,
+    body: BaseModel | dict[str, Any],
     *,
     status: int = 200,
     tag: str | None = None,
@@ -83,4 +85,4 @@ def answer(
         headers["Preference-Applied"] = "wait"
     if call.replayed:
         headers["Idempotency-Replayed"] = "true"
-    return Response(body.__pydantic_serializer__.to_json(body), status, headers, "application/json")
+    return Response(to_json(body), status, headers, "application/json")

@@ -46,7 +46,7 @@ class Authenticator:
         raise Unauthenticated("Only Basic and Bearer credentials are understood.")
 
     async def by_secret(self, request: Request, client_id: str, secret: str) -> Principal:
-        if request.url.scheme != "https" and not _from_loopback(request):
+        if request.scope["scheme"] != "https" and not _from_loopback(request):
             raise Unauthenticated(
                 "A secret is taken over TLS or from this machine only. Consider this one as read by others."
             )

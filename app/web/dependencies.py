@@ -4,6 +4,7 @@ A route declares its permission in its signature (`call: CanReadUsers`), or `dep
 """
 
 import asyncio
+import os
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -110,8 +111,14 @@ class Call:
 
 
 def wake_workers(directory: Path) -> None:
-    for socket in directory.glob("*.wake"):
-        wake(directory, socket.stem)
+    """All of this machine: the workers of others see the job when they poll."""
+    try:
+        names = os.listdir(directory)  # noqa: PTH208  five times as fast as Path.glob, at every write
+    except OSError:
+        return
+    for name in names:
+        if name.endswith(".wake"):
+            wake(directory, name.removesuffix(".wake"))
 
 
 def _is_json(request: Request) -> bool:

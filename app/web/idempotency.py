@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from sqlalchemy import and_, insert, select, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -36,9 +37,8 @@ async def request_hash(request: Request, secret: bytes) -> str:
     return hmac.new(secret, said, hashlib.sha256).hexdigest()
 
 
-async def once(change: Change, key: str, said: str, make: Callable[[], Awaitable[int | str]]) -> tuple[int | str, bool]:
-    """Calls `make` unless this key was used before. Returns what it, or the first request, made; and whether it was the
-    first."""
+async def once(change: Change, key: str, said: str, make: Callable[[], Awaitable[Any]]) -> tuple[Any, bool]:
+    """Calls `make` unless this key was used before. Returns what was made, and True; or its id or name, and False."""
     mine = and_(idempotency_keys.c.principal_id == change.actor.principal_id, idempotency_keys.c.key == key)
     try:
         await change.connection.execute(
@@ -57,6 +57,7 @@ async def once(change: Change, key: str, said: str, make: Callable[[], Awaitable
             raise KeyInUse("A request with this Idempotency-Key is at work right now.") from None
         raise
     made = await make()
-    column = "subject_id" if isinstance(made, int) else "subject_name"
-    await change.connection.execute(update(idempotency_keys).where(mine).values({column: made}))
+    subject = getattr(made, "id", made)
+    column = "subject_id" if isinstance(subject, int) else "subject_name"
+    await change.connection.execute(update(idempotency_keys).where(mine).values({column: subject}))
     return made, True

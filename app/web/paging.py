@@ -6,10 +6,11 @@ Keyset paging: the cursor is the last key of the page, so that a page costs the 
 import base64
 import binascii
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Query
 from pydantic import AfterValidator, BaseModel, StringConstraints
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -38,7 +39,9 @@ NumberCursor = Annotated[Annotated[_Cursor, AfterValidator(_decode_number)] | No
 NameCursor = Annotated[Annotated[_Cursor, AfterValidator(_decode)] | None, Query(description=_DESCRIPTION)]
 
 
-def page_response(request: Request, items: Sequence[BaseModel], last_key: int | str | None, limit: int) -> Response:
+def page_response(
+    request: Request, items: Sequence[BaseModel | dict[str, Any]], last_key: int | str | None, limit: int
+) -> Response:
     """`last_key` is the key of the last item; there is a next page when the page is full."""
     headers = {}
     next_cursor = None
@@ -47,6 +50,4 @@ def page_response(request: Request, items: Sequence[BaseModel], last_key: int | 
         # A relative reference: what the caller called us by is none of our business.
         url = request.url.include_query_params(cursor=next_cursor)
         headers["Link"] = f'<{url.path}?{url.query}>; rel="next"'
-    listed = b",".join(item.__pydantic_serializer__.to_json(item) for item in items)
-    cursor = b"null" if next_cursor is None else f'"{next_cursor}"'.encode()
-    return Response(b'{"items":[' + listed + b'],"next_cursor":' + cursor + b"}", 200, headers, "application/json")
+    return Response(to_json({"items": items, "next_cursor": next_cursor}), 200, headers, "application/json")

@@ -14,6 +14,7 @@ from app.models.audit_events import audit_events
 from app.models.jobs import jobs
 from app.models.users import users
 from app.permissions import Permission
+from app.routers.users import UserBody
 from tests.conftest import HOST, PRIMARY, Clock
 
 pytestmark = pytest.mark.asyncio
@@ -156,6 +157,16 @@ async def test_the_second_of_the_same_name_is_told_who_has_it(
     assert answer.status_code == 409
     assert "id" not in answer.json()
     assert "external_id" not in answer.json()
+
+
+async def test_every_answer_has_what_the_document_says(client: httpx.AsyncClient) -> None:
+    made = await client.post("/v1/users", json={"address": f"alice@{PRIMARY}", "external_id": "1"})
+    read = await client.get(f"/v1/users/alice@{PRIMARY}")
+    [listed] = (await client.get("/v1/users")).json()["items"]
+    for body in (made.json(), read.json(), listed):
+        assert body.keys() == UserBody.model_fields.keys()
+        assert UserBody.model_validate(body).model_dump(mode="json") == body
+    assert made.json() == read.json() == listed
 
 
 async def test_twenty_at_once_make_one_account(client: httpx.AsyncClient, database: Database) -> None:

@@ -100,7 +100,9 @@ class Worker:
             log.warning("job_not_finished", kind=type(reason).__name__, busy=_busy(reason))
             return
         level = log.info if state is JobState.DONE else log.warning
-        level("job", kind=taken.kind, subject_id=taken.subject_id, state=state.value, attempts=taken.attempts, error=error)
+        level(
+            "job", kind=taken.kind, subject_id=taken.subject_id, state=state.value, attempts=taken.attempts, error=error
+        )
 
     async def beat(self) -> None:
         """Renews the leases of what is at work, takes back what expired, and says that we are alive."""
@@ -211,9 +213,7 @@ async def opened(settings: WorkerSettings, *, clock: Clock = utc_now) -> AsyncIt
             recipient_map=settings.postfix_recipients,
             dovecot_config=settings.dovecot_config,
         )
-        yield Host(
-            settings.mail_host, database, homes, commands, settings.uid_first, settings.uid_last, clock
-        )
+        yield Host(settings.mail_host, database, homes, commands, settings.uid_first, settings.uid_last, clock)
 
 
 async def run_worker(

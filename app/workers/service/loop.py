@@ -89,7 +89,10 @@ async def prune_keys(database: Database, before: datetime, *, limit: int = 500) 
     async with database.read.connect() as connection:
         old = (
             await connection.execute(
-                select(*key).where(idempotency_keys.c.created_at < before).order_by(idempotency_keys.c.created_at).limit(limit)
+                select(*key)
+                .where(idempotency_keys.c.created_at < before)
+                .order_by(idempotency_keys.c.created_at)
+                .limit(limit)
             )
         ).all()
         if not old:

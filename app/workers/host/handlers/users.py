@@ -72,7 +72,9 @@ class Host:
         """The uid that this user's files have, from the host's own range."""
         uid = self.uid_first + mailbox.id
         if uid > self.uid_last:
-            raise GiveUp(f"User {mailbox.id} would get uid {uid}, which is above UID_LAST ({self.uid_last}) of this host.")
+            raise GiveUp(
+                f"User {mailbox.id} would get uid {uid}, which is above UID_LAST ({self.uid_last}) of this host."
+            )
         return uid
 
     def owner_of(self, mailbox: Mailbox) -> int:
