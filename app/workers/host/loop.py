@@ -12,9 +12,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import version
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import structlog
+from sqlalchemy.exc import DBAPIError
 
 from app.config import WorkerSettings
 from app.db import Clock, Database, is_busy, is_lost, utc_now
@@ -30,10 +32,13 @@ from app.workers.host.handlers.users import GiveUp, Host, TryAgain, sync_mailbox
 from app.workers.host.rows import write_status
 from app.workers.host.sweep import Report, sweep
 
+R = TypeVar("R")
+
 HANDLERS: dict[str, Callable[[Host, int], Awaitable[Outcome]]] = {JobKind.MAILBOX_SYNC.value: sync_mailbox}
 """All that root does when it is asked to. A job of another kind is never claimed."""
 
 HEARTBEAT = timedelta(seconds=15)
+BUSY_TRIES = 5
 GRACE = 20
 """Seconds that running jobs get to end after SIGTERM. What does not make it is taken back at the next start."""
 
@@ -51,13 +56,19 @@ class Worker:
         self._outage = False
 
     @asynccontextmanager
-    async def lane(self, name: str) -> AsyncIterator[None]:
-        """Within this process: a repair of the sweep and a job never work on the same lane at once."""
+    async def lane(self, name: str, subject_id: int) -> AsyncIterator[None]:
+        """Within this process: a repair of the sweep and a job never work on the same lane at once.
+
+        Nor on the same subject: a job's lane is what the API wrote, and could name another for the same account.
+        """
+        async with self._lock(f"lane {name}"), self._lock(f"subject {subject_id}"):
+            yield
+
+    def _lock(self, name: str) -> asyncio.Lock:
         lock = self._lanes.get(name)
         if lock is None:
             lock = self._lanes[name] = asyncio.Lock()
-        async with lock:
-            yield
+        return lock
 
     async def round(self) -> int:
         """Claims as many jobs as there is room for and starts them. Returns how many."""
@@ -79,30 +90,49 @@ class Worker:
         error: str | None = None
         try:
             try:
-                async with self.lane(taken.lane):
+                async with self.lane(taken.lane, taken.subject_id):
                     outcome = await HANDLERS[taken.kind](self.host, taken.subject_id)
-                await finish(database, taken, outcome, clock())
+                await self._written(lambda: finish(database, taken, outcome, clock()))
             except GiveUp as reason:
                 state, error = JobState.DEAD, str(reason)
-                await give_up(database, taken, error, clock())
+                said = error
+                await self._written(lambda: give_up(database, taken, said, clock()))
             except LeaseLost:
                 raise
             except Exception as reason:
-                error = str(reason) if isinstance(reason, TryAgain | OSError) else type(reason).__name__
+                error = why = str(reason) if isinstance(reason, TryAgain | OSError) else type(reason).__name__
                 if not isinstance(reason, TryAgain | OSError) and not is_lost(reason):
                     log.error("job_failed", exc_info=reason)
-                state = await retry(database, taken, error, clock(), jitter=self._jitter)
+                state = await self._written(lambda: retry(database, taken, why, clock(), jitter=self._jitter))
         except LeaseLost:
             log.warning("job_lost", subject_id=taken.subject_id)
             return
         except Exception as reason:
-            # The database is away, or in the way: the lease runs out and the job is taken back.
-            log.warning("job_not_finished", kind=type(reason).__name__, busy=_busy(reason))
+            # The lease runs out and the job is taken back.
+            log.warning("job_not_finished", kind=type(reason).__name__)
             return
         level = log.info if state is JobState.DONE else log.warning
         level(
             "job", kind=taken.kind, subject_id=taken.subject_id, state=state.value, attempts=taken.attempts, error=error
         )
+
+    async def _written(self, write: Callable[[], Awaitable[R]]) -> R:
+        """Writes how a job ended; again while another transaction is in the way, or until the database is back.
+
+        The fence guards it: once the job was taken back, LeaseLost.
+        """
+        busy = 0
+        while True:
+            try:
+                return await write()
+            except DBAPIError as error:
+                if is_busy(error) and busy < BUSY_TRIES:
+                    busy += 1
+                    await asyncio.sleep(self._jitter.random() * 0.05 * busy)
+                elif is_lost(error) and not self.stopping.is_set():
+                    await asyncio.sleep(self.settings.poll_seconds)
+                else:
+                    raise
 
     async def beat(self) -> None:
         """Renews the leases of what is at work, takes back what expired, and says that we are alive."""
@@ -175,16 +205,10 @@ class Worker:
     async def _every(self, seconds: float, what: Callable[[], Awaitable[object]]) -> None:
         while True:
             alive = await self.guarded(what)
-            await asyncio.sleep(seconds if alive else min(seconds, self.settings.poll_seconds))
+            await asyncio.sleep(min(seconds, self.settings.poll_seconds) if self._outage and not alive else seconds)
 
     async def sweep(self) -> Report:
         return await sweep(self.host, self.lane)
-
-
-def _busy(error: Exception) -> bool:
-    from sqlalchemy.exc import DBAPIError
-
-    return isinstance(error, DBAPIError) and is_busy(error)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ BATCH = 1000
 SHOWN = 50
 """Differences that the report keeps in words; the counts have all."""
 
-Lane = Callable[[str], AbstractAsyncContextManager[Any]]
+Lane = Callable[[str, int], AbstractAsyncContextManager[Any]]
 
 
 @dataclass(slots=True)
@@ -95,7 +95,7 @@ async def sweep(host: Host, lane: Lane, *, dry_run: bool = False) -> Report:
 async def _repair(host: Host, lane: Lane, mailbox: Mailbox) -> str | None:
     """None when it is as it should be now; otherwise why not."""
     try:
-        async with lane(mailbox.address):
+        async with lane(mailbox.address, mailbox.id):
             outcome = await sync_mailbox(host, mailbox.id)
             await write_applied(host.database, host.name, mailbox.id, outcome, host.clock())
     except (TryAgain, GiveUp, OSError) as error:

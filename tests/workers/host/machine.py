@@ -56,7 +56,7 @@ class Machine:
 
     async def create(self, name: str = "ann", *, domain: str = PRIMARY, reuse: bool = False) -> int:
         new = NewUser(MailAddress(f"{name}@{domain}"), reuse_address=reuse, password_hash="{CRYPT}x")
-        user_id: int = await self.change(create_user, new)
+        user_id: int = (await self.change(create_user, new)).id
         return user_id
 
     async def suspend(self, user_id: int) -> None:

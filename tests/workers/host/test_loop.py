@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import structlog
+from asyncmy import errors as asyncmy_errors
 from sqlalchemy import select, text, update
+from sqlalchemy.exc import OperationalError
 
 from app.config import WorkerSettings
 from app.db import utc_now
@@ -152,13 +154,60 @@ async def test_a_sweep_and_a_job_share_the_lane(
     handle(quick)
     await machine.create()
     async with running(machine, worker_settings) as worker:
-        async with worker.lane("ann@cacert.test"):
+        async with worker.lane("ann@cacert.test", 0):
             await until(states(machine, JobState.RUNNING))
             assert not begun.is_set()
         await until(states(machine, JobState.DONE))
 
 
+@only_sqlite
+async def test_one_account_in_two_lanes_is_still_worked_on_once(
+    machine: Machine, worker_settings: WorkerSettings, handle: Callable[[Handler], None]
+) -> None:
+    """A lane is what the API wrote: a hostile one could give an account two."""
+    at_work = 0
+
+    async def slow(host: Host, user_id: int) -> Outcome:
+        nonlocal at_work
+        at_work += 1
+        assert at_work == 1
+        await asyncio.sleep(0.05)
+        at_work -= 1
+        return Outcome(0, True, {}, {})
+
+    handle(slow)
+    ann = await machine.create()
+    await machine.suspend(ann)
+    await machine.as_owner("UPDATE jobs SET lane = 'elsewhere' WHERE id = 2")
+    async with running(machine, worker_settings):
+        await until(states(machine, JobState.DONE, JobState.DONE))
+    assert [job.attempts for job in await machine.jobs()] == [1, 1]
+
+
 # What fails
+
+
+@pytest.mark.parametrize("times", [1, 3])
+async def test_an_end_that_meets_a_busy_database_is_written_again(
+    machine: Machine, worker_settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Without running the handler, and so the host's work, once more."""
+    left = times
+    real = loop_module.finish
+
+    async def finish(*arguments: Any) -> None:
+        nonlocal left
+        if left:
+            left -= 1
+            raise OperationalError("UPDATE", {}, asyncmy_errors.OperationalError(1213, "Deadlock found"))
+        await real(*arguments)
+
+    monkeypatch.setattr(loop_module, "finish", finish)
+    await machine.create()
+    async with running(machine, worker_settings):
+        await until(states(machine, JobState.DONE))
+    [job] = await machine.jobs()
+    assert (left, job.attempts) == (0, 1)
 
 
 async def test_tries_again_and_dies_in_the_end(
