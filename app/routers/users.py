@@ -4,6 +4,7 @@ import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
+import orjson
 from fastapi import APIRouter, Query
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
@@ -126,7 +127,7 @@ def user_body(record: UserRecord) -> dict[str, Any]:
         "uid": record.result.get("uid"),
         "home": record.result.get("home"),
         "ready": record.ready,
-        "proofs": record.proofs,
+        "proofs": orjson.Fragment(record.proofs),
         "job": None if record.job is None else job_body(record.job),
     }
 

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
+import orjson
 from pydantic import BaseModel
-from pydantic_core import to_json
 from starlette.responses import Response
 
 from app.models.jobs import JobState
@@ -61,6 +61,17 @@ async def settled(call: Call, read: Callable[[], Awaitable[R]]) -> tuple[R, bool
             await call.service.waiter.wait(job.id, left)
 
 
+def encode(body: Any) -> bytes:
+    """JSON; times as RFC 3339 in UTC."""
+    return orjson.dumps(body, default=_plain, option=orjson.OPT_NAIVE_UTC | orjson.OPT_UTC_Z)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    raise TypeError(f"{type(value).__name__} has no place in an answer")
+
+
 def answer(
     call: Call,
     body: BaseModel | dict[str, Any],
@@ -85,4 +96,4 @@ def answer(
         headers["Preference-Applied"] = "wait"
     if call.replayed:
         headers["Idempotency-Replayed"] = "true"
-    return Response(to_json(body), status, headers, "application/json")
+    return Response(encode(body), status, headers, "application/json")

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 from fastapi import Query
 from pydantic import AfterValidator, BaseModel, StringConstraints
-from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
+
+from app.web.answers import encode
 
 MAX_LIMIT = 500
 
@@ -50,4 +51,4 @@ def page_response(
         # A relative reference: what the caller called us by is none of our business.
         url = request.url.include_query_params(cursor=next_cursor)
         headers["Link"] = f'<{url.path}?{url.query}>; rel="next"'
-    return Response(to_json({"items": items, "next_cursor": next_cursor}), 200, headers, "application/json")
+    return Response(encode({"items": items, "next_cursor": next_cursor}), 200, headers, "application/json")
