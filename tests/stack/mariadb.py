@@ -32,8 +32,9 @@ class MariaDB:
         """`durable`: on a disk, and every commit reaches it before it returns, as in production. Else in memory."""
         self._processes = Processes(on_disk=durable)
         self.directory = self._processes.directory
-        (self.directory / "run").mkdir()
-        shutil.chown(self.directory / "run", "mysql")
+        for name in ("run", "tmp"):  # several servers must not share one directory for temporary tables
+            (self.directory / name).mkdir()
+            shutil.chown(self.directory / name, "mysql")
         self.socket = self.directory / "run/mariadb.sock"
         (self.port,) = free_ports(1)
         # What Postfix and Dovecot have to read from a file has everything in it that a password may contain.
@@ -43,6 +44,7 @@ class MariaDB:
             for user in (OWNER, *USERS)
         }
         self._options = ["--no-defaults", f"--datadir={self.directory}/data", "--user=mysql", *_SMALL]
+        self._options.append(f"--tmpdir={self.directory}/tmp")
         self._options += _DURABLE if durable else _FORGETFUL
         install = ["--skip-test-db", "--auth-root-authentication-method=socket", "--auth-root-socket-user=root"]
         try:

@@ -38,12 +38,21 @@ async def run_service(settings: ServiceSettings, *, clock: Clock = utc_now) -> N
     stopped.add_done_callback(lambda _: listener.event.set())
     database = Database(settings.database_url.get_secret_value(), ca_file=settings.database_ca_file, pool_size=4)
     log.info("service_started")
+    away = False
     try:
         while not stopping.is_set():
             try:
                 await run_due(database, settings, clock())
             except Exception as error:  # whatever it is, the next round tries again
-                log.error("service_round_failed", exc_info=error)
+                if not is_lost(error):
+                    log.error("service_round_failed", exc_info=error)
+                elif not away:
+                    log.warning("database_away", kind=type(error).__name__)
+                away = is_lost(error)
+            else:
+                if away:
+                    log.warning("database_back")
+                away = False
             await listener.wait(settings.poll_seconds * (0.75 + random.random() / 2))  # noqa: S311  spreads polls
     finally:
         stopped.cancel()
