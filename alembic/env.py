@@ -8,16 +8,9 @@ from sqlmodel import SQLModel
 
 from alembic import context
 from app.db import Database
-from app.models import (  # noqa: F401  each import declares a table
-    addresses,
-    audit_events,
-    domains,
-    hosts,
-    idempotency_keys,
-    jobs,
-    principals,
-    users,
-)
+from app.models import declare_all
+
+declare_all()
 
 
 def migrate(connection: Connection) -> None:

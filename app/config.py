@@ -6,7 +6,7 @@ SECURITY: loaded by the worker (root). Reads the environment only: no `.env` fil
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -17,6 +17,17 @@ class Settings(BaseSettings):
 
     database_url: SecretStr = SecretStr("sqlite+aiosqlite:///var/cacert-mail.db")
     """`sqlite+aiosqlite:///FILE` or `mysql+asyncmy://user:password@host/cacertusers`. Each process has a user of its own."""
+
+    @field_validator("database_url")
+    @classmethod
+    def has_a_driver_of_ours(cls, url: SecretStr) -> SecretStr:
+        text = url.get_secret_value()
+        if not text.startswith(("sqlite+aiosqlite:///", "mysql+asyncmy://", "mariadb+asyncmy://")):
+            raise ValueError("starts with sqlite+aiosqlite:/// or mysql+asyncmy://")
+        if not text.isascii():
+            raise ValueError("has a character outside ASCII: write it as %XX")
+        return url
+
     database_ca_file: Path | None = None
     """CA certificate that the database server must show. Without it a connection over TCP is not verified."""
     log_format: Annotated[str, Field(pattern="^(console|json)$")] = "console"

@@ -17,6 +17,7 @@
     │   ├── UserDeleted         a deleted account cannot be changed
     │   ├── UserPurged          nothing is left to restore
     │   ├── DomainExists, DomainInUse, PrimaryDomainFixed, HostExists, HostInUse
+    │   ├── PlaceGone           the domain or the host was removed meanwhile
     │   ├── HostNotChosen       several hosts, or none: the request must name one
     │   ├── JobNotDead          only a dead job can be tried again
     │   ├── VersionConflict     somebody changed it first (If-Match)
@@ -100,6 +101,9 @@ class HostInUse(Conflict): ...
 
 
 class HostNotChosen(Conflict): ...
+
+
+class PlaceGone(Conflict): ...
 
 
 class JobNotDead(Conflict): ...

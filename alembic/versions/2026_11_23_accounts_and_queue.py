@@ -168,6 +168,7 @@ def upgrade() -> None:
         sa.Column("external_id", text_string(128), nullable=True),
         sa.Column("quota_bytes", big_integer(), nullable=True),
         sa.Column("state", ascii_string(16), nullable=False),
+        sa.Column("state_before", ascii_string(16), nullable=True),
         sa.Column("suspended_reason", text_string(200), nullable=True),
         sa.Column("password_hash", ascii_string(500), nullable=True),
         sa.Column("access_ended_at", Timestamp(), nullable=True),
@@ -178,6 +179,7 @@ def upgrade() -> None:
         sa.Column("purge_at", Timestamp(), nullable=True),
         sa.Column("purged_at", Timestamp(), nullable=True),
         sa.CheckConstraint("(state = 'deleted') = (deleted_at IS NOT NULL)", name="deleted_at"),
+        sa.CheckConstraint("(state = 'deleted') = (state_before IS NOT NULL)", name="state_before"),
         sa.CheckConstraint("purged_at IS NULL OR state = 'deleted'", name="purged_at"),
         sa.CheckConstraint("state IN ('active', 'suspended', 'deleted')", name="state"),
         sa.ForeignKeyConstraint(["domain_id"], ["domains.id"], name="fk_users_domain_id"),
@@ -199,7 +201,7 @@ def upgrade() -> None:
         " FROM users u JOIN domains d ON d.id = u.domain_id"
     )
     op.execute(
-        "CREATE VIEW service_users AS SELECT id, address, local_part, domain_id, host, display_name, contact_address, external_id, quota_bytes, state, suspended_reason, access_ended_at, version, created_at, updated_at, deleted_at, purge_at, purged_at"
+        "CREATE VIEW service_users AS SELECT id, address, local_part, domain_id, host, display_name, contact_address, external_id, quota_bytes, state, state_before, suspended_reason, access_ended_at, version, created_at, updated_at, deleted_at, purge_at, purged_at"
         " FROM users"
     )
     op.execute("CREATE VIEW service_purged AS SELECT id, password_hash FROM users WHERE purged_at IS NOT NULL")

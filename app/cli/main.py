@@ -122,12 +122,16 @@ def sweep(
 
 
 def _work(work: Any) -> Any:
+    from sqlalchemy.exc import DBAPIError
+
     from app.errors import CacertMailError
 
     try:
         return asyncio.run(work)
     except CacertMailError as error:
         raise stop(error.detail) from None
+    except DBAPIError as error:
+        raise stop(f"The database cannot be reached or refused: {error.orig}") from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
@@ -153,16 +157,12 @@ def run() -> None:
 @db.command()
 def upgrade() -> None:
     """Make or update the tables and views in DATABASE_URL. Needs a database user with DDL rights."""
-    from sqlalchemy.exc import DBAPIError
-
     from app.cli.db import NotOurs, upgrade_database
 
     try:
-        before, after = asyncio.run(_with_database(upgrade_database))
+        before, after = _connected(upgrade_database)
     except NotOurs as error:
         raise stop(str(error)) from None
-    except (DBAPIError, OSError) as error:
-        raise stop(f"The database cannot be reached or refused: {getattr(error, 'orig', error)}") from None
     typer.echo(
         f"The schema is at {after}." if before == after else f"The schema went from {before or 'nothing'} to {after}."
     )
@@ -176,9 +176,10 @@ def create_keys() -> None:
 
     directory = ApiSettings().key_directory
     try:
+        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         kid = create_signing_key(directory)
         create_request_key(directory)
-    except KeysUnusable as error:
+    except (KeysUnusable, OSError) as error:
         raise stop(str(error)) from None
     typer.echo(f"Made {directory}/{kid}.pem. Restart the API processes to sign with it.")
 
@@ -193,6 +194,18 @@ async def _with_database(function: Callable[[Any], Awaitable[Any]]) -> Any:
         return await function(database)
     finally:
         await database.close()
+
+
+def _connected(function: Callable[[Any], Awaitable[Any]]) -> Any:
+    """Runs it on the database of the settings. What the database or its driver says ends the command, in one line."""
+    from sqlalchemy.exc import DBAPIError
+
+    try:
+        return asyncio.run(_with_database(function))
+    except (DBAPIError, OSError) as error:
+        raise stop(f"The database cannot be reached or refused: {getattr(error, 'orig', error)}") from None
+    except ValueError as error:
+        raise stop(str(error)) from None
 
 
 def _change(function: Any, *args: Any) -> Any:
@@ -210,7 +223,7 @@ def _change(function: Any, *args: Any) -> Any:
             return await function(Change(connection, actor, utc_now()), *args)
 
     try:
-        return asyncio.run(_with_database(work))
+        return _connected(work)
     except CacertMailError as error:
         raise stop(error.detail) from None
 
@@ -244,7 +257,7 @@ def list_principals() -> None:
         async with database.read.connect() as connection:
             return await read(connection)
 
-    for row in asyncio.run(_with_database(work)):
+    for row in _connected(work):
         only = "all of its role" if row.permissions is None else " ".join(row.permissions)
         typer.echo(f"{row.id}  {row.state}  {row.role}  {row.name}  ({only})")
 

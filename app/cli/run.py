@@ -6,6 +6,7 @@ worker may: they are this very command, and nothing of a request reaches them.
 
 import asyncio
 import ctypes
+import hashlib
 import os
 import signal
 import socket
@@ -15,11 +16,15 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
+
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
 
 from app.addresses import DomainName
 from app.cli.db import NotOurs, upgrade_database
 from app.config import ApiSettings
-from app.credentials.tokens import create_request_key, create_signing_key
+from app.credentials.tokens import KeysUnusable, create_request_key, create_signing_key
 from app.db import Database, utc_now
 from app.models.domains import DomainKind
 from app.permissions import Role
@@ -29,20 +34,21 @@ from app.services.hosts import create_host, list_hosts
 from app.services.principals import create_principal, list_principals
 
 VAR = Path("var")
-ADMINISTRATOR = VAR / "first-administrator.env"
 DOMAIN = DomainName("cacert.org")
 HOST = "local"
 
 
 def run_all() -> int:
     """Prepares what is missing, starts the processes, and waits for Ctrl-C. Returns the exit status."""
+    os.umask(0o077)  # the database file holds password hashes
     VAR.mkdir(mode=0o700, exist_ok=True)
     settings = ApiSettings()
     url = f"http://127.0.0.1:{settings.port}"
+    place = _place(settings)
     environment = {
         "PYTHONUNBUFFERED": "1",
         "MAIL_HOST": HOST,
-        "HOST_ROOT": str((VAR / "host").resolve()),
+        "HOST_ROOT": str(place.host.resolve()),
         "LOCK_FILE": str((VAR / "worker.lock").resolve()),
         "LOG_LEVEL": "warning",
         **os.environ,
@@ -55,11 +61,14 @@ def run_all() -> int:
             file=sys.stderr,
         )
         return 1
-    (VAR / "host").mkdir(mode=0o755, exist_ok=True)
+    place.host.mkdir(mode=0o755, exist_ok=True)
     try:
-        fresh = asyncio.run(_prepare(settings))
-    except NotOurs as error:
+        fresh = asyncio.run(_prepare(settings, place.administrator))
+    except (NotOurs, KeysUnusable) as error:
         print(error, file=sys.stderr)
+        return 1
+    except (DBAPIError, OSError) as error:
+        print(f"The database cannot be reached or refused: {getattr(error, 'orig', error)}", file=sys.stderr)
         return 1
     processes = [_start(name, environment) for name in ("api", "worker", "service")]
     signal.signal(signal.SIGTERM, _interrupt)
@@ -67,7 +76,7 @@ def run_all() -> int:
         if not _answers(url, processes):
             print("The API did not start; what it said stands above.", file=sys.stderr)
             return 1
-        _explain(url, fresh)
+        _explain(url, fresh, place)
         while all(process.poll() is None for process in processes):
             time.sleep(0.2)
         print("One of the processes ended by itself; what it said stands above. Stopping the others.", file=sys.stderr)
@@ -77,6 +86,21 @@ def run_all() -> int:
     finally:
         _stop(processes)
         print("Stopped.", flush=True)
+
+
+class Place(NamedTuple):
+    """What belongs to one database: another one numbers its accounts, and so their uids, from the start."""
+
+    host: Path
+    administrator: Path
+
+
+def _place(settings: ApiSettings) -> Place:
+    url = settings.database_url.get_secret_value()
+    suffix = ""
+    if url != ApiSettings.model_fields["database_url"].default.get_secret_value():
+        suffix = "-" + hashlib.sha256(make_url(url).set(password=None).render_as_string().encode()).hexdigest()[:8]
+    return Place(VAR / f"host{suffix}", VAR / f"first-administrator{suffix}.env")
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -93,7 +117,7 @@ def _port_taken(port: int) -> str | None:
     return None
 
 
-async def _prepare(settings: ApiSettings) -> tuple[str, str] | None:
+async def _prepare(settings: ApiSettings, administrator: Path) -> tuple[str, str] | None:
     """Schema, keys, domain, host and a first administrator, each only if it is missing."""
     if not settings.key_directory.is_dir() or not any(settings.key_directory.glob("*.pem")):
         create_signing_key(settings.key_directory)
@@ -111,15 +135,15 @@ async def _prepare(settings: ApiSettings) -> tuple[str, str] | None:
                 return None
             client_id, secret = await create_principal(change, "First administrator", Role.PRIMARY)
             # Before the commit: an administrator whose secret was never written down is of no use.
-            _keep(client_id, secret)
+            _keep(administrator, client_id, secret)
             return client_id, secret
     finally:
         await database.close()
 
 
-def _keep(client_id: str, secret: str) -> None:
-    ADMINISTRATOR.unlink(missing_ok=True)
-    handle = os.open(ADMINISTRATOR, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+def _keep(administrator: Path, client_id: str, secret: str) -> None:
+    administrator.unlink(missing_ok=True)
+    handle = os.open(administrator, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(handle, "w") as file:
         file.write(f"CLIENT_ID={client_id}\nCLIENT_SECRET={secret}\n")
 
@@ -149,22 +173,26 @@ def _answers(url: str, processes: list[subprocess.Popen[bytes]]) -> bool:
     return False
 
 
-def _explain(url: str, fresh: tuple[str, str] | None) -> None:
+def _explain(url: str, fresh: tuple[str, str] | None, place: Place) -> None:
     credentials = '-u "$CLIENT_ID:$CLIENT_SECRET"'
     body = (
         '{"address": "alice@cacert.org", "display_name": "Alice", "password": "seven green lanterns over the harbour"}'
     )
     if fresh:
-        print(f"\nThe first administrator (kept in {ADMINISTRATOR}, shown only now):")
+        print(f"\nThe first administrator (shown only now; also in {place.administrator}):")
         print(f"  CLIENT_ID={fresh[0]}\n  CLIENT_SECRET={fresh[1]}")
+    elif not place.administrator.exists():
+        print(
+            "\nThis database has clients already. Use one, or make one: .venv/bin/cacert-mail principal create --help"
+        )
     print(f"\nThe docs page:  {url}/docs\n\nPaste into another terminal, in this directory:\n")
-    print(f"  . {ADMINISTRATOR}")
+    print(f"  . {place.administrator}")
     print(
         f"  curl -s {credentials} -H 'Prefer: wait=10' -H 'Content-Type: application/json' {url}/v1/users -d '{body}'"
     )
     print(f"  curl -s {credentials} {url}/v1/users/alice@cacert.org")
     print(
-        f"\nIts Maildir then lies in {VAR / 'host' / 'home' / 'alice' / 'Maildir'}. Ctrl-C stops everything.",
+        f"\nIts Maildir then lies in {place.host / 'home' / 'alice' / 'Maildir'}. Ctrl-C stops everything.",
         flush=True,
     )
 

@@ -24,6 +24,7 @@ class User(SQLModel, table=True):
     __table_args__ = (
         one_of("state", "state", UserState),
         sa.CheckConstraint("(state = 'deleted') = (deleted_at IS NOT NULL)", name="deleted_at"),
+        sa.CheckConstraint("(state = 'deleted') = (state_before IS NOT NULL)", name="state_before"),
         sa.CheckConstraint("purged_at IS NULL OR state = 'deleted'", name="purged_at"),
         sa.Index("ix_users_domain_id_id", "domain_id", "id"),
         TABLE,
@@ -40,6 +41,8 @@ class User(SQLModel, table=True):
     external_id: str | None = Field(sa_column=sa.Column(text_string(128), unique=True))
     quota_bytes: int | None = Field(sa_column=sa.Column(big_integer()))
     state: str = Field(sa_column=sa.Column(ascii_string(16), nullable=False))
+    state_before: str | None = Field(sa_column=sa.Column(ascii_string(16)))
+    """What a deleted account was before, for `restore`."""
     suspended_reason: str | None = Field(sa_column=sa.Column(text_string(200)))
     password_hash: str | None = Field(sa_column=sa.Column(ascii_string(500)))
     """As Dovecot reads it, scheme in front. Null: no password opens this account."""

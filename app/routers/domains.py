@@ -10,8 +10,10 @@ from starlette.responses import Response
 from app.addresses import DomainName
 from app.models.domains import DomainKind
 from app.routers.shapes import (
+    CHANGED,
     CONFLICT,
     IDEMPOTENCY_KEY,
+    IF_MATCH,
     IF_NONE_MATCH,
     NOT_FOUND,
     NOT_MODIFIED,
@@ -21,7 +23,7 @@ from app.routers.shapes import (
 )
 from app.services import domains as service
 from app.web.answers import answer
-from app.web.conditional import etag
+from app.web.conditional import etag, expected_version
 from app.web.dependencies import Call, Route
 from app.web.paging import Limit, NumberCursor, page_response
 
@@ -114,9 +116,10 @@ async def get_domain(domain: Name, call: CanReadDomains) -> Response:
     "/{domain}",
     status_code=204,
     summary="Remove a domain that never had an account",
-    responses={**NOT_FOUND, **CONFLICT},
+    responses={**NOT_FOUND, **CONFLICT, **CHANGED},
+    openapi_extra=takes(IF_MATCH),
 )
 async def delete_domain(domain: Name, call: CanWriteDomains) -> Response:
     """Not the primary one, and none that has or had accounts: their rows are kept."""
-    await call.write(service.delete_domain, domain)
+    await call.write(service.delete_domain, domain, expected_version=expected_version(call.request))
     return Response(status_code=204)

@@ -133,9 +133,13 @@ async def change_host(host: Name, body: ChangedHostBody, call: CanWriteHosts) ->
 
 
 @router.delete(
-    "/{host}", status_code=204, summary="Remove a host that never had a mailbox", responses={**NOT_FOUND, **CONFLICT}
+    "/{host}",
+    status_code=204,
+    summary="Remove a host that never had a mailbox",
+    responses={**NOT_FOUND, **CONFLICT, **CHANGED},
+    openapi_extra=takes(IF_MATCH),
 )
 async def delete_host(host: Name, call: CanWriteHosts) -> Response:
     """Only one that never had an account: those that had keep it for ever, and are disabled instead."""
-    await call.write(service.delete_host, host)
+    await call.write(service.delete_host, host, expected_version=expected_version(call.request))
     return Response(status_code=204)

@@ -12,9 +12,7 @@ from starlette.responses import Response
 
 from app.addresses import DomainName, MailAddress, OutsideAddress
 from app.credentials.passwords import check_hash, check_password, hash_password
-from app.errors import UserExists
 from app.models.users import UserState
-from app.permissions import Permission
 from app.routers.shapes import (
     CHANGED,
     CONFLICT,
@@ -265,12 +263,7 @@ async def create_user(body: NewUserBody, call: CanWriteUsers) -> Response:
         password_hash=await _hashed(call, body),
         reuse_address=body.reuse_address,
     )
-    try:
-        made: UserRecord | int = await call.write(service.create_user, new)
-    except UserExists as error:
-        if not call.may(Permission.USERS_READ):
-            error.members.clear()
-        raise
+    made: UserRecord | int = await call.write(service.create_user, new)
     if isinstance(made, UserRecord):
         if not seconds_to_wait(call.request):
             return _answered(call, made, created=True)

@@ -48,13 +48,13 @@ async def claim_address(
             raise
     if reuse and await _retake(connection, address, None, kind, subject_id):
         return
-    raise await _holder(connection, address)
+    raise await holder_of(connection, address)
 
 
 async def reclaim_address(connection: AsyncConnection, address: MailAddress, user_id: int) -> None:
     """Gives a deleted user their own tombstone back."""
     if not await _retake(connection, address, user_id, AddressKind.USER, user_id):
-        raise await _holder(connection, address)
+        raise await holder_of(connection, address)
 
 
 async def release_address(connection: AsyncConnection, address: str, user_id: int) -> None:
@@ -84,7 +84,8 @@ def check_reserved(address: MailAddress) -> None:
         )
 
 
-async def _holder(connection: AsyncConnection, address: str) -> UserExists | AddressRetired:
+async def holder_of(connection: AsyncConnection, address: str) -> UserExists | AddressRetired:
+    """Who has it, as the error to raise."""
     # READ COMMITTED sees the row that the insert ran into, unless its transaction was rolled back since.
     row = (
         await connection.execute(

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.addresses import DomainName
 from app.db import duplicate_of, inserted_id, is_reference
-from app.errors import DomainExists, DomainInUse, NotFound, PrimaryDomainFixed
+from app.errors import DomainExists, DomainInUse, NotFound, PrimaryDomainFixed, VersionConflict
 from app.models.domains import DomainKind, domains
 from app.services.audit_events import record_event
 from app.services.changes import Change
@@ -40,9 +40,11 @@ async def create_domain(change: Change, name: DomainName, kind: DomainKind) -> i
     return domain_id
 
 
-async def delete_domain(change: Change, name: DomainName) -> None:
+async def delete_domain(change: Change, name: DomainName, *, expected_version: int | None = None) -> None:
     """Only one that never had an account: rows of users stay for ever, and so does their domain."""
     domain = await get_domain(change.connection, name)
+    if expected_version is not None and domain.version != expected_version:
+        raise VersionConflict(f"The domain is at version {domain.version}.", version=domain.version)
     if domain.kind == DomainKind.PRIMARY:
         raise PrimaryDomainFixed(f"{name} is the primary domain. It cannot be deleted.")
     try:

@@ -62,15 +62,19 @@ async def change_host(change: Change, name: str, *, enabled: bool, expected_vers
     return name
 
 
-async def delete_host(change: Change, name: str) -> None:
+async def delete_host(change: Change, name: str, *, expected_version: int | None = None) -> None:
+    """Only one that never had a mailbox. Raises HostInUse and VersionConflict."""
+    row = (await change.connection.execute(select(hosts).where(hosts.c.name == name).with_for_update())).one_or_none()
+    if row is None:
+        raise _missing(name)
+    if expected_version is not None and row.version != expected_version:
+        raise VersionConflict(f"The host is at version {row.version}, not {expected_version}.", version=row.version)
     try:
-        result = await change.connection.execute(delete(hosts).where(hosts.c.name == name))
+        await change.connection.execute(delete(hosts).where(hosts.c.name == name))
     except IntegrityError as error:
         if is_reference(error):
             raise HostInUse(f"{name} has, or had, mailboxes. Disable it instead: PATCH enabled to false.") from None
         raise
-    if result.rowcount == 0:
-        raise _missing(name)
     await record_event(change, "hosts.delete", "host", name, before={"name": name})
 
 

@@ -35,6 +35,7 @@ from app.db import duplicate_of, inserted_id, is_reference
 from app.errors import (
     BadField,
     NotFound,
+    PlaceGone,
     UserDeleted,
     UserExists,
     UserNotDeleted,
@@ -50,7 +51,7 @@ from app.models.users import UserState, users
 from app.models.views import service_purged, service_users
 from app.queue.contracts import JobKind, mailbox_lane
 from app.queue.enqueue import enqueue
-from app.services.addresses import check_reserved, claim_address, reclaim_address, release_address
+from app.services.addresses import check_reserved, claim_address, holder_of, reclaim_address, release_address
 from app.services.audit_events import record_event
 from app.services.changes import Change
 from app.services.hosts import choose_host
@@ -97,11 +98,20 @@ _BY_ADDRESS = _USERS.select_from(
     addresses.join(users, users.c.id == addresses.c.subject_id).outerjoin(applied, _APPLIED)
 ).where(addresses.c.kind == AddressKind.USER)
 
+others = users.alias("others")
+
 # The statements of each GET and POST, made once: to make one costs as much as to run it.
 _ONE_BY_ID = _BY_ID.where(users.c.id == bindparam("key"))
 _ONE_BY_ADDRESS = _BY_ADDRESS.where(addresses.c.address == bindparam("key"))
+# The last two only spare the id, and so the uid, that a refused INSERT would use up; the unique keys are the judge.
 _PLACE = (
-    select(domains.c.id, domains.c.kind, hosts.c.name.label("host"))
+    select(
+        domains.c.id,
+        domains.c.kind,
+        hosts.c.name.label("host"),
+        select(addresses.c.kind).where(addresses.c.address == bindparam("address")).scalar_subquery().label("taken"),
+        select(others.c.id).where(others.c.external_id == bindparam("external_id")).scalar_subquery().label("other"),
+    )
     .select_from(
         domains.outerjoin(
             hosts,
@@ -183,14 +193,18 @@ async def create_user(change: Change, new: NewUser) -> UserRecord:
     """Returns the account as it was written, so that nobody who does not wait for the host reads it again."""
     connection = change.connection
     check_reserved(new.address)
-    places = (await connection.execute(_PLACE, {"domain": new.address.domain, "host": new.host})).all()
+    asked = {"domain": new.address.domain, "address": new.address, "external_id": new.external_id}
+    places = (await connection.execute(_PLACE, {**asked, "host": new.host})).all()
     if not places:
         raise BadField(f"{new.address.domain} is not a domain here: POST /v1/domains adds one.", field="address")
     if places[0].kind == DomainKind.RELAY:
         raise BadField(f"{new.address.domain} is passed on to another host and has no mailboxes here.", field="address")
     host = choose_host([place.host for place in places if place.host is not None], new.host)
-    if new.contact_address is not None and new.contact_address.lower() == new.address:
-        raise BadField("The contact address cannot be the mailbox itself.", field="contact_address")
+    if places[0].taken is not None and not (new.reuse_address and places[0].taken == AddressKind.TOMBSTONE):
+        raise await holder_of(connection, new.address)
+    if places[0].other is not None:
+        raise await _exists(connection, new.external_id)
+    _check_contact(new.contact_address, new.address)
     values = {
         "address": new.address,
         "local_part": new.address.local_part,
@@ -249,8 +263,7 @@ async def change_user(
             raise BadField("A reason goes with `state: suspended`.", field="suspended_reason")
         if row.suspended_reason is not None:
             new["suspended_reason"] = None
-    if (contact := new.get("contact_address")) is not None and contact.lower() == row.address:
-        raise BadField("The contact address cannot be the mailbox itself.", field="contact_address")
+    _check_contact(new.get("contact_address"), row.address)
     if not new:
         return user_id
     action = "users.change"
@@ -275,6 +288,7 @@ async def delete_user(
     purge_at = change.now + retention
     values = {
         "state": UserState.DELETED.value,
+        "state_before": row.state,
         "deleted_at": change.now,
         "purge_at": purge_at,
         "access_ended_at": change.now,
@@ -285,7 +299,7 @@ async def delete_user(
 
 
 async def restore_user(change: Change, user_id: int, *, expected_version: int | None = None) -> int:
-    """Brings account, password and mail back as they were. Raises UserExists when the address was given away."""
+    """Brings account, password and mail back as they were, suspended if it was. Raises UserExists or AddressRetired."""
     row = await _lock(change, user_id, expected_version)
     if row.state != UserState.DELETED:
         raise UserNotDeleted(f"User {user_id} is {row.state}, not deleted: there is nothing to restore.")
@@ -295,13 +309,13 @@ async def restore_user(change: Change, user_id: int, *, expected_version: int | 
         )
     await reclaim_address(change.connection, MailAddress(row.address), user_id)
     values = {
-        "state": UserState.ACTIVE.value,
-        "suspended_reason": None,
+        "state": row.state_before,
+        "state_before": None,
         "deleted_at": None,
         "purge_at": None,
     }
     before = {"state": row.state, "deleted_at": row.deleted_at.isoformat()}
-    await _update(change, row, values, "users.restore", before=before, after={"state": UserState.ACTIVE.value})
+    await _update(change, row, values, "users.restore", before=before, after={"state": row.state_before})
     return user_id
 
 
@@ -393,9 +407,13 @@ async def _enqueue(change: Change, user_id: int, host: str, address: str, versio
 
 async def _named(connection: AsyncConnection, error: IntegrityError, external_id: str | None) -> Exception:
     if is_reference(error):
-        return BadField("The domain or the host was removed at this moment.", field="address")
+        return PlaceGone("The domain or the host was removed at this moment. Look at both, and try again.")
     if duplicate_of(error) != "users_external_id":
         return error
+    return await _exists(connection, external_id)
+
+
+async def _exists(connection: AsyncConnection, external_id: str | None) -> UserExists:
     row = (
         await connection.execute(select(users.c.id, users.c.state).where(users.c.external_id == external_id))
     ).one_or_none()
@@ -405,6 +423,15 @@ async def _named(connection: AsyncConnection, error: IntegrityError, external_id
     return UserExists(
         f"Another account has this external_id.{hint}", id=row.id, external_id=external_id, field="external_id"
     )
+
+
+def _check_contact(contact: str | None, address: str) -> None:
+    """Not the mailbox itself, whatever stands after the recipient delimiter: what opens it must not be sent into it."""
+    if contact is None:
+        return
+    local, _, domain = contact.lower().rpartition("@")
+    if f"{local.partition('+')[0]}@{domain}" == address:
+        raise BadField("The contact address cannot be the mailbox itself.", field="contact_address")
 
 
 def _missing(key: object) -> NotFound:

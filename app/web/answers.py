@@ -86,7 +86,8 @@ def answer(
     if tag is not None:
         headers["ETag"] = tag
         headers["Cache-Control"] = "private, no-cache"
-        if call.request.method == "GET" and not_modified(call.request, tag):
+        # While a job is shown the answer changes without the tag: the job goes from ready to running to dead.
+        if call.request.method == "GET" and job is None and not_modified(call.request, tag):
             return Response(status_code=304, headers=headers)
     if job is not None:
         headers["Link"] = f'</v1/jobs/{job.id}>; rel="monitor"'

@@ -10,7 +10,7 @@ from starlette.requests import Request
 
 from app.errors import BadField
 
-_TAG = re.compile(r'(?:W/)?"(\d+)(?:\.\d+)?"')
+_TAG = re.compile(r'(?:W/)?"(\d{1,9})(?:\.\d{1,15})?"')
 
 
 def etag(version: int, revision: int | None) -> str:

@@ -23,7 +23,7 @@ from starlette.responses import Response
 
 from app.config import ApiSettings
 from app.db import Clock, Database, is_busy, is_lost
-from app.errors import Forbidden
+from app.errors import Forbidden, UserExists
 from app.permissions import Permission, Principal
 from app.queue.wake import wake
 from app.services.changes import Actor, Change
@@ -100,6 +100,10 @@ class Call:
                         self.replayed = not first
                     committing = True
                 break
+            except UserExists as error:
+                if not self.may(Permission.USERS_READ):
+                    error.members = {name: value for name, value in error.members.items() if name == "field"}
+                raise
             except DBAPIError as error:
                 # A connection that is lost while it commits may have committed; before that it cannot have.
                 passing = is_busy(error) or (is_lost(error) and not committing)

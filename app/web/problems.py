@@ -146,6 +146,13 @@ BY_ERROR: dict[type[Exception], ProblemType] = {
         "Name an enabled host in `host`. With one host only, it may be left out.",
         f"{_ME}/v1/hosts",
     ),
+    errors.PlaceGone: _of(
+        errors.PlaceGone,
+        409,
+        "The domain or the host is gone",
+        "It was removed while the account was being made. Nothing was made. Look at both, then try again.",
+        f"{_ME}/v1/domains",
+    ),
     errors.JobNotDead: _of(
         errors.JobNotDead,
         409,
@@ -298,6 +305,9 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         faults = error.errors()
+        if request.scope["path"] == "/oauth/token":  # RFC 6749, section 5.2
+            said = {"error": "invalid_request", "error_description": "The form is not well formed; see /docs."}
+            return Response(json.dumps(said), 400, {"Cache-Control": "no-store"}, "application/json")
         if len(faults) == 1 and faults[0]["type"] == "json_invalid":
             return problem_response(request, CATALOGUE["bad-request"], "The body is not valid JSON.")
         found = [{**pointer(fault["loc"]), "detail": fault["msg"].removeprefix("Value error, ")} for fault in faults]

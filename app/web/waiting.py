@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import re
 
 from sqlalchemy import select
 from starlette.requests import Request
@@ -16,13 +15,16 @@ POLL_SECONDS = 0.008
 LONGEST_PAUSE = 0.25
 SLOWER = 1.05
 """From poll to poll, while nothing ends."""
-_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?0*(\d+)\"?\s*(?:$|[,;])", re.IGNORECASE)
 
 
 def seconds_to_wait(request: Request) -> int:
     """The seconds that the caller prefers, at most LONGEST_WAIT; 0 without a preference that can be read."""
-    found = _WAIT.search(",".join(request.headers.getlist("prefer")))
-    return min(int(found.group(1)[:6]), LONGEST_WAIT) if found else 0
+    for preference in ",".join(request.headers.getlist("prefer")).replace(";", ",").split(","):
+        name, _, value = preference.partition("=")
+        digits = value.strip().strip('"')
+        if name.strip().lower() == "wait" and digits.isascii() and digits.isdigit():
+            return min(int(digits.lstrip("0")[:6] or "0"), LONGEST_WAIT)
+    return 0
 
 
 class JobWaiter:

@@ -37,10 +37,12 @@ def test_upgrade_leaves_foreign_tables_alone(scratch: Path) -> None:
     with sqlite3.connect(scratch / "test.db") as theirs:
         theirs.execute("CREATE TABLE user (name TEXT)")
     theirs.close()
+    before = (scratch / "test.db").read_bytes()
     refused = cacert_mail("db", "upgrade", at=scratch)
     assert refused.returncode == 1
     assert "not ours (user)" in refused.stderr
     assert "RENAME TABLE" in refused.stderr, "it says how to go on"
+    assert (scratch / "test.db").read_bytes() == before
     with sqlite3.connect(scratch / "test.db") as theirs:
         assert theirs.execute("SELECT name FROM sqlite_master").fetchall() == [("user",)]
     theirs.close()
@@ -54,7 +56,49 @@ def test_a_database_that_cannot_be_reached_is_named_without_its_password(scratch
     assert "hunter2" not in failed.stderr + failed.stdout
 
 
-@pytest.mark.parametrize(("name", "value"), [("PORT", "hunter2"), ("PASSWORD_MIN_LENGTH", "8"), ("LOG_FORMAT", "xml")])
+def test_an_interrupted_migration_is_called_that(scratch: Path) -> None:
+    cacert_mail("db", "upgrade", at=scratch)
+    with sqlite3.connect(scratch / "test.db") as half:
+        half.execute("DELETE FROM alembic_version")
+    half.close()
+    refused = cacert_mail("db", "upgrade", at=scratch)
+    assert refused.returncode == 1
+    assert "interrupted" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [["db", "upgrade"], ["principal", "list"], ["principal", "disable", "x"], ["sweep", "--dry-run"]]
+)
+def test_no_command_answers_with_a_traceback(scratch: Path, command: list[str]) -> None:
+    url = "mysql+asyncmy://api:hunter2hunter2@127.0.0.1:1/cacertusers"
+    (scratch / "home").mkdir(exist_ok=True)
+    failed = cacert_mail(*command, at=scratch, DATABASE_URL=url, HOST_ROOT=str(scratch))
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert len(failed.stderr.splitlines()) < 4
+    assert "hunter2" not in failed.stderr
+
+
+def test_a_dry_run_makes_nothing(scratch: Path) -> None:
+    cacert_mail("db", "upgrade", at=scratch)
+    (scratch / "host/home").mkdir(parents=True)
+    for directory in (scratch / "host", scratch / "host/home"):
+        directory.chmod(0o755)
+    done = cacert_mail("sweep", "--dry-run", at=scratch, HOST_ROOT=str(scratch / "host"))
+    assert done.returncode == 0, done.stderr
+    assert list((scratch / "host/home").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE_URL", "postgresql://hunter2"),
+        ("DATABASE_URL", "mysql+asyncmy://ü"),
+        ("PORT", "hunter2"),
+        ("PASSWORD_MIN_LENGTH", "8"),
+        ("LOG_FORMAT", "xml"),
+    ],
+)
 def test_a_wrong_setting_is_named_without_its_value(scratch: Path, name: str, value: str) -> None:
     failed = cacert_mail("api", at=scratch, **{name: value})
     assert failed.returncode == 2

@@ -93,6 +93,7 @@ def test_the_three_lines_work_and_a_second_run_keeps_the_data(scratch: Path) -> 
         maildir = re.search(r"Maildir then lies in (\S+)\.", text)
         assert maildir is not None
         assert (scratch / maildir.group(1) / "new").is_dir()
+        assert {path.stat().st_mode & 0o077 for path in (scratch / "var").glob("cacert-mail.db*")} == {0}
         with socket.socket() as client:
             assert client.connect_ex(("127.0.0.1", port)) == 0
         stop(process)
@@ -116,6 +117,9 @@ def test_the_same_on_mariadb(scratch: Path, mariadb: MariaDB) -> None:
             assert json.loads(created)["ready"] is True, created
             stop(process)
         assert not list((scratch / "var").glob("*.db"))
+        assert not (scratch / "var/host").exists(), (
+            "another database numbers its accounts anew: their homes are elsewhere"
+        )
         assert mariadb.sql("SELECT address FROM trial.users") == [["alice@cacert.org"]]
     finally:
         mariadb.sql("DROP DATABASE trial")

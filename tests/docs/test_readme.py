@@ -46,7 +46,7 @@ def test_every_path_exists() -> None:
 def test_every_url_of_the_tour_exists() -> None:
     paths = build_app().openapi()["paths"]
     templates = [re.compile(re.sub(r"\{\w+\}", "[^/]+", path) + r"\Z") for path in paths]
-    urls = re.findall(r"\$URL(/v1/[\w/@.]+)", README)
+    urls = re.findall(r"\$URL(/v1/[\w/@.]+)", README.replace("$ID", "1"))
     assert len(urls) >= 8
     for url in urls:
         assert any(template.match(url) for template in templates), url

@@ -202,3 +202,10 @@ async def test_a_key_that_is_none_is_refused(client: httpx.AsyncClient, key: str
     assert answer.status_code == 422
     assert "visible ASCII" in answer.json()["detail"]
     assert (await client.get("/v1/domains/example.org")).status_code == 404
+
+
+async def test_a_deletion_may_ask_for_a_version(client: httpx.AsyncClient) -> None:
+    made = await client.post("/v1/domains", json={"name": "example.org"})
+    url = made.headers["location"]
+    assert (await client.delete(url, headers={"If-Match": '"99.0"'})).status_code == 412
+    assert (await client.delete(url, headers={"If-Match": made.headers["etag"]})).status_code == 204

@@ -172,3 +172,10 @@ async def test_a_repeat_with_the_same_key_makes_nothing_twice(client: httpx.Asyn
     assert (first.status_code, repeat.status_code) == (201, 201)
     assert repeat.headers["idempotency-replayed"] == "true"
     assert repeat.json()["enabled"] is False, "the host as it is now"
+
+
+async def test_a_deletion_may_ask_for_a_version(client: httpx.AsyncClient) -> None:
+    made = await client.post("/v1/hosts", json={"name": "mail9"})
+    url = made.headers["location"]
+    assert (await client.delete(url, headers={"If-Match": '"99.0"'})).status_code == 412
+    assert (await client.delete(url, headers={"If-Match": made.headers["etag"]})).status_code == 204

@@ -82,6 +82,14 @@ async def test_a_refused_grant(client: httpx.AsyncClient, form: dict[str, str], 
     assert answer.json()["error"] == error
 
 
+async def test_what_the_framework_refuses_has_that_shape_too(client: httpx.AsyncClient) -> None:
+    for answer in (
+        await client.post("/oauth/token?colour=red", data=GRANT),
+        await client.post("/oauth/token", files={"grant_type": b"client_credentials"}),
+    ):
+        assert (answer.status_code, answer.json()["error"]) == (400, "invalid_request")
+
+
 @pytest.mark.parametrize(
     ("form", "header"),
     [

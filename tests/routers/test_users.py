@@ -6,16 +6,22 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import select
+from fastapi import FastAPI
+from sqlalchemy import insert, select
 
-from app.db import Database
+from app.db import Database, utc_now
 from app.models.addresses import addresses
 from app.models.audit_events import audit_events
+from app.models.idempotency_keys import idempotency_keys
 from app.models.jobs import jobs
+from app.models.principals import principals
 from app.models.users import users
 from app.permissions import Permission
+from app.queue.claim import Outcome
 from app.routers.users import UserBody
-from tests.conftest import HOST, PRIMARY, Clock
+from app.services import users as service
+from app.workers.host.rows import write_applied
+from tests.conftest import HOST, PRIMARY, Clock, TestDatabase
 
 pytestmark = pytest.mark.asyncio
 
@@ -104,6 +110,7 @@ async def test_a_new_account_is_row_address_event_and_job(client: httpx.AsyncCli
         ({"address": f"alice@{PRIMARY}", "display_name": "x" * 201}, "/display_name"),
         ({"address": f"alice@{PRIMARY}", "contact_address": "a b@c.d"}, "/contact_address"),
         ({"address": f"alice@{PRIMARY}", "contact_address": f"alice@{PRIMARY}"}, "/contact_address"),
+        ({"address": f"alice@{PRIMARY}", "contact_address": f"Alice+me@{PRIMARY}"}, "/contact_address"),
         ({"address": f"alice@{PRIMARY}", "quota_bytes": 5}, "/quota_bytes"),
         ({"address": f"alice@{PRIMARY}", "quota_bytes": 2**70}, "/quota_bytes"),
         ({"address": f"alice@{PRIMARY}", "external_id": ""}, "/external_id"),
@@ -176,8 +183,13 @@ async def test_twenty_at_once_make_one_account(client: httpx.AsyncClient, databa
     assert len(await rows(database, select(jobs))) == 1
 
 
-async def test_get_by_address_and_id_with_etag(client: httpx.AsyncClient) -> None:
+async def test_get_by_address_and_id_with_etag(client: httpx.AsyncClient, worker_database: Database) -> None:
     user = await create(client)
+    waiting = (await client.get(f"/v1/users/{user['id']}")).headers["etag"]
+    shown = await client.get(f"/v1/users/{user['id']}", headers={"If-None-Match": waiting})
+    assert shown.status_code == 200, "the job that is shown changes without the tag"
+    proofs = {"maildir": {"result": "ok", "detail": None}}
+    await write_applied(worker_database, HOST, user["id"], Outcome(1, True, proofs, {}), utc_now())
     by_address = await client.get(f"/v1/users/ALICE@{PRIMARY}")
     by_id = await client.get(f"/v1/users/{user['id']}")
     assert by_address.status_code == by_id.status_code == 200
@@ -204,6 +216,52 @@ async def test_patch_changes_only_what_is_sent(client: httpx.AsyncClient, databa
     assert (cleared["contact_address"], cleared["version"]) == (None, 3)
     [event] = await rows(database, select(audit_events).where(audit_events.c.action == "users.change").limit(1))
     assert (event.before, event.after) == ({"display_name": "A"}, {"display_name": "B"})
+
+
+async def test_a_refused_creation_uses_up_no_uid(client: httpx.AsyncClient) -> None:
+    first = await create(client, external_id="1")
+    await create(client, name="gone")
+    await client.delete(f"/v1/users/gone@{PRIMARY}")
+    for _ in range(5):
+        for body in ({"address": f"alice@{PRIMARY}"}, {"address": f"gone@{PRIMARY}"}):
+            assert (await client.post("/v1/users", json=body)).status_code == 409
+        body = {"address": f"bob@{PRIMARY}", "external_id": "1"}
+        assert (await client.post("/v1/users", json=body)).status_code == 409
+    assert (await create(client, name="next"))["id"] == first["id"] + 2
+
+
+async def test_no_conflict_tells_a_writer_whose_it_is(
+    client: httpx.AsyncClient, make_client: Callable[..., Any]
+) -> None:
+    await create(client, external_id="secret-1")
+    bob = await create(client, name="bob")
+    await client.delete(f"/v1/users/{bob['id']}")
+    await create(client, name="bob", reuse_address=True, external_id="secret-2")
+    carol = await create(client, name="carol")
+    writer = await make_client(Permission.USERS_WRITE)
+    for answer in (
+        await writer.post("/v1/users", json={"address": f"alice@{PRIMARY}"}),
+        await writer.post("/v1/users", json={"address": f"dave@{PRIMARY}", "external_id": "secret-1"}),
+        await writer.patch(f"/v1/users/{carol['id']}", json={"external_id": "secret-1"}),
+        await writer.post(f"/v1/users/{bob['id']}/restore"),
+    ):
+        assert (answer.status_code, answer.json()["type"]) == (409, "/problems/user-exists")
+        assert not {"id", "external_id"} & answer.json().keys()
+
+
+async def test_the_password_is_hashed_while_no_connection_is_held(
+    api: FastAPI, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database: Database = api.state.service.database
+    held: list[int] = []
+
+    async def hash_password(password: str) -> str:
+        held.extend(engine.pool.checkedout() for engine in (database.read, database.write))  # type: ignore[attr-defined]
+        return HASH
+
+    monkeypatch.setattr("app.routers.users.hash_password", hash_password)
+    await create(client, password="seven green lanterns over the harbour")
+    assert held == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -249,6 +307,7 @@ async def test_if_match_protects_a_change(client: httpx.AsyncClient) -> None:
     assert (late.status_code, late.json()["version"]) == (412, 2)
     assert (await client.delete(url, headers={"If-Match": '"1.0"'})).status_code == 412
     assert (await client.patch(url, json={"display_name": "C"}, headers={"If-Match": "rubbish"})).status_code == 422
+    assert (await client.delete(url, headers={"If-Match": f'"{"1" * 5000}"'})).status_code == 422
     # The worker's writes raise the revision only, and are nobody's edit.
     assert (await client.patch(url, json={"display_name": "C"}, headers={"If-Match": '"2.17"'})).status_code == 202
 
@@ -308,6 +367,24 @@ async def test_restore_brings_it_back_unless_somebody_has_the_address(client: ht
     refused = await client.post(f"{url}/restore")
     assert (refused.status_code, refused.json()["type"]) == (409, "/problems/address-retired")
     assert (await client.post(f"/v1/users/{successor['id']}/restore")).status_code == 202
+
+
+async def test_who_was_suspended_is_suspended_after_a_restore(client: httpx.AsyncClient) -> None:
+    user = await create(client)
+    url = f"/v1/users/{user['id']}"
+    await client.patch(url, json={"state": "suspended", "suspended_reason": "abuse"})
+    await client.delete(url)
+    restored = (await client.post(f"{url}/restore")).json()
+    assert (restored["state"], restored["suspended_reason"]) == ("suspended", "abuse")
+
+
+async def test_a_host_that_goes_away_meanwhile_is_a_conflict(
+    client: httpx.AsyncClient, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "choose_host", lambda found, name: "removed")
+    answer = await client.post("/v1/users", json={"address": f"alice@{PRIMARY}"})
+    assert (answer.status_code, answer.json()["type"]) == (409, "/problems/place-gone")
+    assert await rows(database, select(users)) == []
 
 
 async def test_purge_forgets_the_person_and_keeps_the_row(client: httpx.AsyncClient, database: Database) -> None:
@@ -416,3 +493,25 @@ async def test_a_key_of_a_refused_request_stays_free(
     # Keys belong to their principal.
     other = await make_client()
     assert (await other.post("/v1/users", json={"address": f"bob@{PRIMARY}"}, headers=headers)).status_code == 202
+
+
+async def test_a_key_at_work_is_a_conflict_after_one_second_and_not_tried_again(
+    client: httpx.AsyncClient, database: Database, test_database: TestDatabase
+) -> None:
+    if test_database.kind == "sqlite":
+        return  # its writers queue as a whole: the second finds the first's row, which the tests above show
+    async with database.read.connect() as connection:
+        principal = (await connection.execute(select(principals.c.id))).scalar_one()
+    values = {"principal_id": principal, "key": "busy", "request_hash": "0" * 64, "created_at": utc_now()}
+    async with database.write.connect() as other, other.begin() as at_work:
+        await other.execute(insert(idempotency_keys), values)
+        began = asyncio.get_running_loop().time()
+        answer = await client.post(
+            "/v1/users", json={"address": f"alice@{PRIMARY}"}, headers={"Idempotency-Key": "busy"}
+        )
+        took = asyncio.get_running_loop().time() - began
+        await at_work.rollback()
+    assert (answer.status_code, answer.json()["type"]) == (409, "/problems/key-in-use")
+    assert answer.headers["retry-after"] == "1"
+    assert took < 2, "a second lock wait means that it was tried again"
+    assert await rows(database, select(users)) == []

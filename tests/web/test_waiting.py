@@ -40,6 +40,7 @@ FAILED = {"maildir": {"result": "failed", "detail": "wrong owner"}}
         (["wait=31"], 30),
         (["wait=" + "9" * 5000], 30),
         (["wait=0005"], 5),
+        (["wait=" + "0" * 50_000 + "x"], 0),
         (["wait=-5"], 0),
         (["wait=5.5"], 0),
         (["wait=five"], 0),

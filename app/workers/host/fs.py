@@ -122,8 +122,11 @@ class Homes:
 
 
 @contextmanager
-def open_homes(root: Path, homes: str = "home", *, durable: bool = True) -> Iterator[Homes]:
+def open_homes(root: Path, homes: str = "home", *, durable: bool = True, make: bool = True) -> Iterator[Homes]:
     """Open `homes` below the host root `root`, an existing directory; make what is missing below it, mode 0755.
+
+    Without `make` nothing is made or changed: for looking at homes alone (`check_home`), since the worker's own directories
+    are not opened then.
 
     Raises UnsafePath for a symbolic link anywhere on the way and, as root, if anybody else may write to one of these.
     """
@@ -139,6 +142,11 @@ def open_homes(root: Path, homes: str = "home", *, durable: bool = True) -> Iter
             for name in top.parts[1:]:
                 fd = keep(_enter(fd, name))
             _refuse_shared(fd, str(top))
+            if not make:
+                for name in _components(homes):
+                    fd = keep(_enter(fd, name))
+                yield Homes(str(top / homes), fd, -1, -1, -1, durable)
+                return
             for name in _components(homes):
                 parent, fd = fd, keep(_own_directory(fd, name, 0o755, exact=False))
                 if durable:

@@ -54,6 +54,7 @@ class Worker:
         self._jitter = jitter or random.Random()  # noqa: S311  spreads retries, guards nothing
         self._lanes: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._outage = False
+        self._said = ""
 
     @asynccontextmanager
     async def lane(self, name: str, subject_id: int) -> AsyncIterator[None]:
@@ -153,8 +154,12 @@ class Worker:
                     log.warning("database_away", kind=type(error).__name__)
                 self._outage = True
             else:
-                log.error("worker_error", exc_info=error)
+                # Once, and not at every poll: a schema that is missing stays so until somebody comes.
+                if repr(error) != self._said:
+                    log.error("worker_error", exc_info=error)
+                self._said = repr(error)
             return False
+        self._said = ""
         if self._outage:
             log.warning("database_back")
             try:
@@ -221,11 +226,11 @@ def _explained() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def opened(settings: WorkerSettings, *, clock: Clock = utc_now) -> AsyncIterator[Host]:
+async def opened(settings: WorkerSettings, *, clock: Clock = utc_now, make: bool = True) -> AsyncIterator[Host]:
     """This machine as the settings describe it. Raises CacertMailError when its directories cannot be trusted."""
     async with AsyncExitStack() as stack:
         with _explained():
-            homes = stack.enter_context(open_homes(settings.host_root, durable=settings.durable))
+            homes = stack.enter_context(open_homes(settings.host_root, durable=settings.durable, make=make))
         database = Database(
             settings.database_url.get_secret_value(),
             ca_file=settings.database_ca_file,
@@ -284,7 +289,7 @@ async def sweep_once(settings: WorkerSettings, *, dry_run: bool, clock: Clock = 
     if not dry_run:
         with _explained():
             hold_lock(settings.lock_file)
-    async with opened(settings, clock=clock) as host:
+    async with opened(settings, clock=clock, make=not dry_run) as host:
         try:
             return await sweep(host, Worker(host, settings).lane, dry_run=dry_run)
         except Exception as error:
