@@ -45,18 +45,20 @@ class Churn:
         await asyncio.sleep(DICE.random() * 1.5)
         made = await self.ask("POST", "/v1/users", address=f"{name}@{PRIMARY_DOMAIN}", password=PASSWORD)
         self.ids[name], self.state[name] = made["id"], "active"
+        before = "active"
         quiet = name.endswith(("0", "1", "2"))  # these are suspended at most, so they stand all the time
         for _ in range(CHANGES):
             await asyncio.sleep(DICE.random() * 1.5)
             state = self.state[name]
             if state == "deleted":
                 await self.ask("POST", f"/v1/users/{self.ids[name]}/restore")
-                self.state[name] = "active"
+                self.state[name] = before
             elif quiet or DICE.random() < 0.3:
                 self.state[name] = "suspended" if state == "active" else "active"
                 await self.ask("PATCH", f"/v1/users/{self.ids[name]}", state=self.state[name])
             else:
                 self.ever_deleted.add(name)
+                before = state
                 await self.ask("DELETE", f"/v1/users/{self.ids[name]}")
                 self.state[name] = "deleted"
 

@@ -167,7 +167,7 @@ async def test_more_than_a_batch(side: Machine, service: Database, settings: Ser
     ann = await side.create()
     row = (await user(side, ann))._asdict()
     del row["id"]
-    row |= {"state": "deleted", "deleted_at": side.clock.now, "purge_at": side.clock.now}
+    row |= {"state": "deleted", "state_before": "active", "deleted_at": side.clock.now, "purge_at": side.clock.now}
     async with side.api.write.begin() as connection:
         await connection.execute(insert(users), [row | {"address": f"u{n}@cacert.test"} for n in range(150)])
     for left in (50, 0):
