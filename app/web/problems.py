@@ -33,7 +33,8 @@ class ProblemType:
     title: str
     remedy: str
     """What to do, in a sentence or three, for someone who is tired."""
-    curl: str | None = None
+    curl: str
+    """A line to look at the matter, or to do it right. Variables stand for what only the caller knows."""
 
 
 def _slug(error: type[Exception]) -> str:
@@ -41,10 +42,29 @@ def _slug(error: type[Exception]) -> str:
 
 
 def _of(error: type[Exception], status: int, title: str, remedy: str, curl: str | None = None) -> ProblemType:
-    return ProblemType(_slug(error), status, title, remedy, curl)
+    return ProblemType(_slug(error), status, title, remedy, curl or _CURL[_slug(error)])
 
 
 _ME = 'curl -u "$CLIENT_ID:$CLIENT_SECRET" $URL'
+_SEND = 'curl -u "$CLIENT_ID:$CLIENT_SECRET" -H "Content-Type: application/json"'
+
+_CURL = {
+    "bad-password": f"""{_SEND} $URL/v1/users -d '{{"address": "alice@cacert.org", "password": "four unrelated words"}}'""",
+    "bad-field": "curl $URL/openapi.json",
+    "unchangeable": f"""{_SEND} -X PATCH $URL/v1/users/$ID -d '{{"display_name": "Alice"}}'""",
+    "address-reserved": f"{_ME}/v1/addresses/alice@cacert.org",
+    "user-not-deleted": f"{_ME}/v1/users/$ID -X DELETE",
+    "user-purged": f"""{_SEND} $URL/v1/users -d '{{"address": "alice@cacert.org", "reuse_address": true}}'""",
+    "domain-exists": f"{_ME}/v1/domains",
+    "domain-in-use": f"{_ME}'/v1/users?domain=example.org'",
+    "primary-domain-fixed": f"""{_SEND} $URL/v1/domains -d '{{"name": "example.org", "kind": "virtual"}}'""",
+    "host-exists": f"{_ME}/v1/hosts",
+    "host-in-use": f"""{_SEND} -X PATCH $URL/v1/hosts/$HOST -d '{{"enabled": false}}'""",
+    "job-not-dead": f"{_ME}'/v1/jobs?state=dead'",
+    "version-conflict": f"{_ME}/v1/users/$ID -i",
+    "key-in-use": f"""{_SEND} -H "Idempotency-Key: $KEY" $URL/v1/users -d "$BODY" """.strip(),
+    "key-reused": f"""{_SEND} -H "Idempotency-Key: $(uuidgen)" $URL/v1/users -d "$BODY" """.strip(),
+}
 
 BY_ERROR: dict[type[Exception], ProblemType] = {
     errors.BadAddress: _of(
@@ -208,19 +228,45 @@ _OTHERS = (
         422,
         "The request is not well formed",
         "`errors` lists each field or parameter that is wrong, with what it takes. Nothing was changed.",
+        "curl $URL/openapi.json",
     ),
-    ProblemType("bad-request", 400, "The request cannot be read", "The detail says what is wrong with it."),
-    ProblemType("no-such-page", 404, "There is nothing at this address", "/docs lists all operations."),
     ProblemType(
-        "method-not-allowed", 405, "Not with this method", "The Allow header names those that work; see /docs."
+        "bad-request",
+        400,
+        "The request cannot be read",
+        "The detail says what is wrong with it.",
+        f"""{_SEND} $URL/v1/users -d '{{"address": "alice@cacert.org"}}'""",
     ),
-    ProblemType("body-too-large", 413, "The request is too large", "No request here needs more than 64 KiB."),
-    ProblemType("wrong-media-type", 415, "Not in this format", "Send JSON, with `Content-Type: application/json`."),
+    ProblemType(
+        "no-such-page", 404, "There is nothing at this address", "/docs lists all operations.", "curl $URL/openapi.json"
+    ),
+    ProblemType(
+        "method-not-allowed",
+        405,
+        "Not with this method",
+        "The Allow header names those that work; see /docs.",
+        "curl $URL/openapi.json",
+    ),
+    ProblemType(
+        "body-too-large",
+        413,
+        "The request is too large",
+        "No request here needs more than 64 KiB.",
+        f"""{_SEND} $URL/v1/users -d '{{"address": "alice@cacert.org"}}'""",
+    ),
+    ProblemType(
+        "wrong-media-type",
+        415,
+        "Not in this format",
+        "Send JSON, with `Content-Type: application/json`.",
+        f"""{_SEND} $URL/v1/users -d '{{"address": "alice@cacert.org"}}'""",
+    ),
     ProblemType(
         "internal-error",
         500,
         "Our fault",
         "Something is broken here. Give the request id to an administrator: it is in the log, with the reason.",
+        "curl $URL/readyz",
     ),
 )
 
@@ -346,7 +392,7 @@ def too_large(request: Request) -> Response:
 
 
 def problem_page(problem: ProblemType) -> str:
-    curl = f"<h2>Try</h2><pre>{html.escape(problem.curl)}</pre>" if problem.curl else ""
+    curl = f"<h2>Try</h2><pre>{html.escape(problem.curl)}</pre>"
     title, remedy = html.escape(problem.title), html.escape(problem.remedy)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'

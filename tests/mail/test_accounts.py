@@ -147,7 +147,9 @@ async def test_hostile_recipients_are_refused_and_harm_nobody(site: Site) -> Non
         f"%s@{PRIMARY_DOMAIN}",
         f"a' or '1'='1@{PRIMARY_DOMAIN}",
     ):
-        assert await asyncio.to_thread(raw_rcpt, site, hostile) in (501, 550, 553, 554), hostile
+        assert await asyncio.to_thread(raw_rcpt, site, hostile) in (
+            (550,) if "ü" in hostile else (501, 550, 553, 554)
+        ), hostile
         assert await send(site) == 250
     await arrived(site, user["home"], 4)
 

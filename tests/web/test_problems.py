@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -130,6 +131,7 @@ async def test_every_problem_has_a_page_and_the_list_has_all(visitor: httpx.Asyn
         assert page.headers["content-type"].startswith("text/html")
         assert entry.title in page.text.replace("&#x27;", "'")
         assert str(entry.status) in page.text
+        assert re.search("<pre>curl .*\\$URL", page.text)
     await problem(await visitor.get("/problems/no-such-thing"), "not-found")
 
 
