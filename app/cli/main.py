@@ -204,8 +204,6 @@ def _connected(function: Callable[[Any], Awaitable[Any]]) -> Any:
         return asyncio.run(_with_database(function))
     except (DBAPIError, OSError) as error:
         raise stop(f"The database cannot be reached or refused: {getattr(error, 'orig', error)}") from None
-    except ValueError as error:
-        raise stop(str(error)) from None
 
 
 def _change(function: Any, *args: Any) -> Any:

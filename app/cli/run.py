@@ -99,7 +99,7 @@ def _place(settings: ApiSettings) -> Place:
     url = settings.database_url.get_secret_value()
     suffix = ""
     if url != ApiSettings.model_fields["database_url"].default.get_secret_value():
-        suffix = "-" + hashlib.sha256(make_url(url).set(password=None).render_as_string().encode()).hexdigest()[:8]
+        suffix = "-" + hashlib.sha256(make_url(url).render_as_string().encode()).hexdigest()[:8]
     return Place(VAR / f"host{suffix}", VAR / f"first-administrator{suffix}.env")
 
 

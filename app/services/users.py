@@ -58,8 +58,6 @@ from app.services.hosts import choose_host
 
 KIND = JobKind.MAILBOX_SYNC.value
 
-_READABLE = [column for column in users.c if column.name != "password_hash"]
-
 
 class Rights(NamedTuple):
     """Through what a process changes users: the table, or views that keep the password hash from it."""
@@ -77,7 +75,7 @@ SHOWN = (
     "id address display_name contact_address external_id quota_bytes state suspended_reason host version created_at"
     " updated_at deleted_at purge_at purged_at has_password"
 ).split()
-"""The first columns of a `UserRecord.row`, in this order: what an answer shows as it stands."""
+"""The first columns of `_USERS`, in this order: what an answer shows as it stands."""
 
 
 def _bare(column: ColumnElement[Any]) -> ColumnElement[Any]:

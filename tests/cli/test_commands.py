@@ -107,6 +107,15 @@ def test_a_wrong_setting_is_named_without_its_value(scratch: Path, name: str, va
     assert "Traceback" not in failed.stderr
 
 
+@pytest.mark.parametrize("command", [["db", "upgrade"], ["principal", "list"], ["principal", "disable", "x"], ["run"]])
+def test_no_command_shows_a_wrong_database_url(scratch: Path, command: list[str]) -> None:
+    failed = cacert_mail(*command, at=scratch, DATABASE_URL="postgresql://api:hunter2@db/cacertusers")
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("DATABASE_URL: ")
+    assert "hunter2" not in failed.stderr + failed.stdout
+    assert "Traceback" not in failed.stderr
+
+
 def test_the_api_without_keys_says_what_to_do(scratch: Path) -> None:
     failed = cacert_mail("api", at=scratch)
     assert failed.returncode == 1

@@ -11,6 +11,7 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from typing import TypeVar
 from weakref import WeakValueDictionary
@@ -44,7 +45,7 @@ GRACE = 20
 
 
 class Worker:
-    """One per host, under a lock. Made by `working`."""
+    """One per host, under the lock that `run_worker` holds."""
 
     def __init__(self, host: Host, settings: WorkerSettings, *, jitter: random.Random | None = None) -> None:
         self.host = host
@@ -96,15 +97,14 @@ class Worker:
                 await self._written(lambda: finish(database, taken, outcome, clock()))
             except GiveUp as reason:
                 state, error = JobState.DEAD, str(reason)
-                said = error
-                await self._written(lambda: give_up(database, taken, said, clock()))
+                await self._written(partial(give_up, database, taken, error, clock()))
             except LeaseLost:
                 raise
             except Exception as reason:
-                error = why = str(reason) if isinstance(reason, TryAgain | OSError) else type(reason).__name__
+                error = str(reason) if isinstance(reason, TryAgain | OSError) else type(reason).__name__
                 if not isinstance(reason, TryAgain | OSError) and not is_lost(reason):
                     log.error("job_failed", exc_info=reason)
-                state = await self._written(lambda: retry(database, taken, why, clock(), jitter=self._jitter))
+                state = await self._written(partial(retry, database, taken, error, clock(), jitter=self._jitter))
         except LeaseLost:
             log.warning("job_lost", subject_id=taken.subject_id)
             return
@@ -245,9 +245,7 @@ async def opened(settings: WorkerSettings, *, clock: Clock = utc_now, make: bool
         yield Host(settings.mail_host, database, homes, commands, settings.uid_first, settings.uid_last, clock)
 
 
-async def run_worker(
-    settings: WorkerSettings, *, clock: Clock = utc_now, worker_ready: Callable[[Worker], None] | None = None
-) -> None:
+async def run_worker(settings: WorkerSettings, *, clock: Clock = utc_now) -> None:
     """Until SIGTERM or SIGINT. Raises CacertMailError: another worker runs here, or a directory is not safe."""
     with _explained():
         hold_lock(settings.lock_file)
@@ -260,8 +258,6 @@ async def run_worker(
         listener = Listener(settings.wake_directory, settings.mail_host)
         try:
             await _begin(worker)
-            if worker_ready is not None:
-                worker_ready(worker)
             await worker.run(listener)
         finally:
             listener.close()
@@ -296,6 +292,3 @@ async def sweep_once(settings: WorkerSettings, *, dry_run: bool, clock: Clock = 
             if is_lost(error):
                 raise CacertMailError("The database cannot be reached.") from None
             raise
-
-
-__all__ = ["Worker", "run_worker", "sweep_once"]
