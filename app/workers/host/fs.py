@@ -18,6 +18,7 @@ and is for the caller to retry; a HostError says what stands in the way:
     HostError
     ├── HomeTaken       another uid's home is in the place: passes once that one has been archived
     ├── HomeBroken      the home is not as mail needs it, and only its owner or an administrator can mend it
+    ├── HomeUnknown     files lie where this user's should, and nothing says that they are this user's
     ├── ArchiveTaken    the archive holds something else under this user's id
     ├── ArchiveMissing  there is nothing to restore
     ├── UnsafePath      somebody but the worker could change what lies there: an administrator must look
@@ -32,12 +33,13 @@ import itertools
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from app.addresses import DomainName, LocalPart
+from app.errors import BadAddress
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _RENAME_NOREPLACE = 1
@@ -61,6 +63,9 @@ class HomeTaken(HostError):
 
 
 class HomeBroken(HostError): ...
+
+
+class HomeUnknown(HostError): ...
 
 
 class ArchiveTaken(HostError): ...
@@ -125,8 +130,8 @@ class Homes:
 def open_homes(root: Path, homes: str = "home", *, durable: bool = True, make: bool = True) -> Iterator[Homes]:
     """Open `homes` below the host root `root`, an existing directory; make what is missing below it, mode 0755.
 
-    Without `make` nothing is made or changed: for looking at homes alone (`check_home`), since the worker's own directories
-    are not opened then.
+    Without `make` nothing is made or changed, for looking alone: of the worker's own directories only the archive is
+    opened then, if there is one.
 
     Raises UnsafePath for a symbolic link anywhere on the way and, as root, if anybody else may write to one of these.
     """
@@ -145,7 +150,8 @@ def open_homes(root: Path, homes: str = "home", *, durable: bool = True, make: b
             if not make:
                 for name in _components(homes):
                     fd = keep(_enter(fd, name))
-                yield Homes(str(top / homes), fd, -1, -1, -1, durable)
+                archive = keep(_enter(fd, ".archive")) if _lstat(fd, ".archive") else -1
+                yield Homes(str(top / homes), fd, -1, archive, -1, durable)
                 return
             for name in _components(homes):
                 parent, fd = fd, keep(_own_directory(fd, name, 0o755, exact=False))
@@ -246,8 +252,82 @@ def ensure_restored(homes: Homes, home: Home, uid: int, user_id: int) -> None:
         homes.sync(parent, homes.archive)
 
 
-def ensure_purged(homes: Homes, user_id: int, *, seconds: float = 600) -> None:
-    """Remove the archive of a user, however deep and whatever the names; raise TimeoutError after `seconds`.
+def owner_in_place(homes: Homes, home: Home) -> int | None:
+    """Whose uid is on what lies in the place of the home, whatever it is; None if nothing does."""
+    try:
+        with _parent(homes, home, make=False) as parent:
+            found = _lstat(parent, home.local_part)
+    except FileNotFoundError:
+        return None
+    return None if found is None else found.st_uid
+
+
+def has_archive(homes: Homes, user_id: int) -> bool:
+    return homes.archive >= 0 and _lstat(homes.archive, _user_name(user_id)) is not None
+
+
+def refuse_unknown(homes: Homes, home: Home, uid: int, user_id: int, *, look_in_place: bool = True) -> None:
+    """Raise HomeUnknown if files of this uid lie in the place, or in the archive of this user; empty homes are none.
+
+    For a user of whom nothing was ever made as far as the database knows. A database that was made anew counts its
+    users from 1 again, and so gives away the uids, and the homes, of people that it does not know.
+    """
+    places: list[tuple[int, str, str]] = []
+    with ExitStack() as stack:
+        if look_in_place and owner_in_place(homes, home) == homes.owner_of(uid)[0]:
+            parent = stack.enter_context(_parent(homes, home, make=False))
+            places.append((parent, home.local_part, homes.path_of(home)))
+        if has_archive(homes, user_id):
+            places.append((homes.archive, _user_name(user_id), f"{homes.path}/.archive/{user_id}"))
+        for parent, name, path in places:
+            if not _is_bare(parent, name):
+                raise HomeUnknown(
+                    f"{path} holds files, and nothing in the database says that they are user {user_id}'s: a database "
+                    "that was made anew counts from 1 again. If they are, run `cacert-mail sweep --trust-homes` on this "
+                    "host, once; otherwise move them away."
+                )
+
+
+def list_homes(homes: Homes) -> Iterator[tuple[Home | None, str, int]]:
+    """What lies in the places of homes: whose place (None: no address has that name), path and owner."""
+    for domain, name, owner in _list_places(homes):
+        path = f"{homes.path}/{'' if domain is None else f'@{domain}/'}{name}"
+        try:
+            home = Home(domain, LocalPart(name))
+        except BadAddress:
+            yield None, path, owner
+        else:
+            yield (home if home.local_part == name else None), path, owner
+
+
+def _list_places(homes: Homes) -> Iterator[tuple[DomainName | None, str, int]]:
+    for name in os.listdir(homes.fd):
+        if name.startswith("."):
+            continue
+        if not name.startswith("@"):
+            if (found := _lstat(homes.fd, name)) is not None:
+                yield None, name, found.st_uid
+            continue
+        with suppress(BadAddress, NotADirectoryError, FileNotFoundError):
+            domain = DomainName(name[1:])
+            with _entered(homes.fd, name) as fd:
+                for below in os.listdir(fd):
+                    if (found := _lstat(fd, below)) is not None:
+                        yield domain, below, found.st_uid
+
+
+def list_archives(homes: Homes) -> list[int]:
+    """The ids of the users whose archives are kept."""
+    names = os.listdir(homes.archive) if homes.archive >= 0 else []
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def ensure_purged(
+    homes: Homes, user_id: int, *, seconds: float = 600, stopped: Callable[[], bool] = lambda: False
+) -> None:
+    """Remove the archive of a user, however deep and whatever the names.
+
+    Raises TimeoutError after `seconds`, or once `stopped()` is true.
 
     Every directory is first moved into one flat directory of the worker's own, then taken over, then emptied, so that
     neither depth nor a program of the owner that still has it open matters. A mount point cannot be moved (EBUSY, or
@@ -255,13 +335,18 @@ def ensure_purged(homes: Homes, user_id: int, *, seconds: float = 600) -> None:
     """
     kept = _user_name(user_id)
     end = time.monotonic() + seconds
+
+    def check_time() -> None:
+        if stopped() or time.monotonic() > end:
+            raise TimeoutError("There is more to remove than fits into the time limit.")
+
     flat = _own_directory(homes.trash, kept, 0o700)
     try:
         with os.scandir(flat) as left:
             numbers = itertools.count(1 + max((int(entry.name) for entry in left), default=0))
         with suppress(FileNotFoundError):
             _move(homes.archive, kept, flat, str(next(numbers)))
-        while _empty_each(flat, numbers, end):
+        while _empty_each(flat, numbers, check_time):
             pass
     finally:
         os.close(flat)
@@ -410,6 +495,26 @@ def _parent(homes: Homes, home: Home, *, make: bool) -> Iterator[int]:
         os.close(fd)
 
 
+def _is_bare(parent: int, name: str) -> bool:
+    """Whether it is nothing but the directories, or some of them, that `_build` makes."""
+    try:
+        with _entered(parent, name) as place:
+            if not set(os.listdir(place)) <= {"Maildir"}:
+                return False
+            with _entered(place, "Maildir") as mail:
+                if not set(leaves := os.listdir(mail)) <= set(_LEAVES):
+                    return False
+                for leaf in leaves:
+                    with _entered(mail, leaf) as fd:
+                        if os.listdir(fd):
+                            return False
+    except FileNotFoundError:
+        return True
+    except NotADirectoryError:
+        return False
+    return True
+
+
 def _build(homes: Homes, uid: int) -> None:
     """Make an empty home named `uid` in the staging directory.
 
@@ -460,7 +565,7 @@ def _close_to_others(homes: Homes, fd: int, uid: int, path: str) -> None:
         os.fchmod(fd, 0o700)
 
 
-def _empty_each(flat: int, numbers: Iterator[int], end: float) -> bool:
+def _empty_each(flat: int, numbers: Iterator[int], check_time: Callable[[], None]) -> bool:
     """Remove each entry of `flat` once, moving the directories in it up into `flat`; False if there was none left."""
     found = False
     with os.scandir(flat) as entries:
@@ -472,21 +577,20 @@ def _empty_each(flat: int, numbers: Iterator[int], end: float) -> bool:
                 os.unlink(entry.name, dir_fd=flat)
                 continue
             try:
-                _empty(fd, flat, numbers, end)
+                _empty(fd, flat, numbers, check_time)
             finally:
                 os.close(fd)
             os.rmdir(entry.name, dir_fd=flat)
     return found
 
 
-def _empty(fd: int, flat: int, numbers: Iterator[int], end: float) -> None:
+def _empty(fd: int, flat: int, numbers: Iterator[int], check_time: Callable[[], None]) -> None:
     if os.geteuid() == 0:
         os.fchown(fd, 0, 0)  # In this order: an owner could undo the mode. From here on nobody else adds names.
     os.fchmod(fd, 0o700)  # This cuts off access control lists too: it sets their mask.
     with os.scandir(fd) as entries:  # Names that are not UTF-8 pass through str unharmed (PEP 383).
         for entry in entries:
-            if time.monotonic() > end:
-                raise TimeoutError("There is more to remove than fits into the time limit.")
+            check_time()
             if entry.is_dir(follow_symlinks=False):
                 _move(fd, entry.name, flat, str(next(numbers)))
             else:

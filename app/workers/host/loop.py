@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
@@ -28,7 +29,7 @@ from app.queue.claim import Claim, LeaseLost, Outcome, claim, finish, give_up, h
 from app.queue.contracts import JobKind
 from app.queue.wake import Listener
 from app.workers.host.commands import CommandFailed, Commands
-from app.workers.host.fs import HostError, hold_lock, open_homes
+from app.workers.host.fs import FlockHeld, HostError, hold_lock, open_homes
 from app.workers.host.handlers.users import GiveUp, Host, TryAgain, sync_mailbox
 from app.workers.host.rows import write_status
 from app.workers.host.sweep import Report, sweep
@@ -198,6 +199,7 @@ class Worker:
                 await asyncio.wait(list(self.running), timeout=GRACE)
             for task in list(self.running):
                 task.cancel()
+            await asyncio.gather(*self.running, return_exceptions=True)
 
     async def _idle(self, listener: Listener, pause: float) -> None:
         """Until something wakes us, a job ends (its lane may have a successor waiting), or the poll is due."""
@@ -217,19 +219,21 @@ class Worker:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """What keeps us from starting is a sentence for whoever started us, not a traceback."""
+def _explained(setting: str, value: Path) -> Iterator[None]:
+    """What keeps us from starting is a sentence for whoever started us, with the setting to look at, not a traceback."""
     try:
         yield
-    except (HostError, OSError) as error:
+    except FlockHeld as error:
         raise CacertMailError(str(error)) from None
+    except (HostError, OSError) as error:
+        raise CacertMailError(f"{setting} ({value}): {getattr(error, 'strerror', None) or error}") from None
 
 
 @asynccontextmanager
 async def opened(settings: WorkerSettings, *, clock: Clock = utc_now, make: bool = True) -> AsyncIterator[Host]:
     """This machine as the settings describe it. Raises CacertMailError when its directories cannot be trusted."""
     async with AsyncExitStack() as stack:
-        with _explained():
+        with _explained("HOST_ROOT", settings.host_root):
             homes = stack.enter_context(open_homes(settings.host_root, durable=settings.durable, make=make))
         database = Database(
             settings.database_url.get_secret_value(),
@@ -247,8 +251,9 @@ async def opened(settings: WorkerSettings, *, clock: Clock = utc_now, make: bool
 
 async def run_worker(settings: WorkerSettings, *, clock: Clock = utc_now) -> None:
     """Until SIGTERM or SIGINT. Raises CacertMailError: another worker runs here, or a directory is not safe."""
-    with _explained():
+    with _explained("LOCK_FILE", settings.lock_file):
         hold_lock(settings.lock_file)
+    with _explained("WAKE_DIRECTORY", settings.wake_directory):
         settings.wake_directory.mkdir(parents=True, exist_ok=True)
     async with opened(settings, clock=clock) as host:
         worker = Worker(host, settings)
@@ -280,12 +285,15 @@ async def _begin(worker: Worker) -> None:
             await asyncio.wait_for(worker.stopping.wait(), worker.settings.poll_seconds)
 
 
-async def sweep_once(settings: WorkerSettings, *, dry_run: bool, clock: Clock = utc_now) -> Report:
+async def sweep_once(
+    settings: WorkerSettings, *, dry_run: bool, trust_homes: bool = False, clock: Clock = utc_now
+) -> Report:
     """One sweep, for the command line. A repairing one needs the lock: the running worker sweeps by itself."""
     if not dry_run:
-        with _explained():
+        with _explained("LOCK_FILE", settings.lock_file):
             hold_lock(settings.lock_file)
     async with opened(settings, clock=clock, make=not dry_run) as host:
+        host.trust_homes = trust_homes
         try:
             return await sweep(host, Worker(host, settings).lane, dry_run=dry_run)
         except Exception as error:

@@ -4,7 +4,7 @@ SECURITY: runs in the worker (root). Reads `worker_users`, a view without any se
 parsed again here, and a row that does not parse is refused. Writes `applied` and `host_status`, of its own host.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from app.addresses import DomainName, LocalPart, MailAddress
 from app.db import Database, duplicate_of
 from app.errors import BadAddress
-from app.models.domains import DomainKind
+from app.models.domains import DomainKind, domains
 from app.models.hosts import host_status
 from app.models.jobs import JobState, applied, jobs
 from app.models.users import UserState
@@ -175,6 +175,29 @@ async def read_batch(
             except BadRow as error:
                 batch.append((row.id, error, Present()))
     return batch
+
+
+async def primary_domain(database: Database) -> str | None:
+    async with database.read.connect() as connection:
+        query = select(domains.c.name).where(domains.c.kind == DomainKind.PRIMARY)
+        return (await connection.execute(query)).scalar_one_or_none()
+
+
+async def ids_at(database: Database, host: str, places: Collection[str]) -> dict[str, set[int]]:
+    """Whose address each of these is or was, among the users of this host."""
+    query = select(_view.c.address, _view.c.id).where(_view.c.host == host, _view.c.address.in_(places))
+    found: dict[str, set[int]] = {}
+    async with database.read.connect() as connection:
+        for row in await connection.execute(query):
+            found.setdefault(row.address, set()).add(row.id)
+    return found
+
+
+async def known_ids(database: Database, host: str, ids: Collection[int]) -> set[int]:
+    """Which of these are ids of users of this host."""
+    query = select(_view.c.id).where(_view.c.host == host, _view.c.id.in_(ids))
+    async with database.read.connect() as connection:
+        return set((await connection.execute(query)).scalars())
 
 
 async def last_id(database: Database, host: str) -> int:

@@ -15,7 +15,7 @@ from app.db import is_lost
 from app.log import log
 from app.models.users import UserState
 from app.workers.host.commands import CommandFailed, DovecotUser, NotConfigured
-from app.workers.host.fs import HostError, check_home
+from app.workers.host.fs import HostError, has_archive, list_archives, list_homes, owner_in_place
 from app.workers.host.handlers.users import (
     GiveUp,
     Host,
@@ -25,7 +25,19 @@ from app.workers.host.handlers.users import (
     prove_maildir,
     sync_mailbox,
 )
-from app.workers.host.rows import BadRow, Mailbox, Present, last_id, read_batch, write_applied, write_status
+from app.workers.host.rows import (
+    BadRow,
+    Mailbox,
+    Present,
+    ids_at,
+    known_ids,
+    last_id,
+    others_of,
+    primary_domain,
+    read_batch,
+    write_applied,
+    write_status,
+)
 
 BATCH = 1000
 SHOWN = 50
@@ -84,6 +96,7 @@ async def sweep(host: Host, lane: Lane, *, dry_run: bool = False) -> Report:
             else:
                 report.left += 1
                 report.note(f"user {user_id}: {why}: {outcome}")
+    await _strangers(host, report)
     if not dry_run:
         now = host.clock()
         await write_status(host.database, host.name, swept_at=now, sweep=report.as_json())
@@ -125,11 +138,11 @@ async def _differences(
             found.append((user_id, None, str(error)))
         else:
             good.append((mailbox, present))
-    standing = [mailbox for mailbox, _ in good if mailbox.state is not UserState.DELETED]
+    boxes = [mailbox for mailbox, _ in good]
     recipients, logins = await asyncio.gather(
-        _asked(report, host.commands.lookup_recipients, standing), _asked(report, host.commands.lookup_users, standing)
+        _asked(report, host.commands.lookup_recipients, boxes), _asked(report, host.commands.lookup_users, boxes)
     )
-    maildirs = await asyncio.to_thread(lambda: {mailbox.id: _prove_maildir(host, mailbox) for mailbox, _ in good})
+    seen = await asyncio.to_thread(lambda: {box.id: _look(host, box, present) for box, present in good})
     for mailbox, present in good:
         if present.version != mailbox.version:
             found.append((mailbox.id, mailbox, f"version {present.version} is applied, {mailbox.version} is wanted"))
@@ -138,12 +151,15 @@ async def _differences(
         if present.stands != stands:
             found.append((mailbox.id, mailbox, "it stands" if present.stands else "it does not stand"))
             continue
-        proofs = {"maildir": maildirs[mailbox.id]}
-        if stands and recipients is not None:
-            proofs["postfix"] = judge_recipient(mailbox, recipients.get(mailbox.address))
-        if stands and logins is not None:
-            home = host.homes.path_of(mailbox.home)
-            proofs["dovecot"] = _judge(logins.get(mailbox.address), host.owner_of(mailbox), home)
+        proofs = {"maildir": seen[mailbox.id]}
+        if stands:
+            if recipients is not None:
+                proofs["postfix"] = judge_recipient(mailbox, recipients.get(mailbox.address))
+            if logins is not None:
+                home = host.homes.path_of(mailbox.home)
+                proofs["dovecot"] = _judge(logins.get(mailbox.address), host.owner_of(mailbox), home)
+        elif mailbox.address in (recipients or {}) or mailbox.address in (logins or {}):
+            proofs |= await _judge_deleted(host, mailbox, recipients or {}, logins or {})
         failed = [f"{name}: {proof['detail']}" for name, proof in proofs.items() if proof["result"] == "failed"]
         failed += [
             f"{name}: {proof['detail']}"
@@ -152,7 +168,23 @@ async def _differences(
         ]
         if failed:
             found.append((mailbox.id, mailbox, "; ".join(failed)))
+        elif stands and has_archive(host.homes, mailbox.id):
+            found.append((mailbox.id, None, "an archive of it lies beside its home"))
     return sorted(found, key=lambda difference: difference[0])
+
+
+async def _judge_deleted(
+    host: Host, mailbox: Mailbox, recipients: dict[str, str], logins: dict[str, DovecotUser | CommandFailed]
+) -> dict[str, dict[str, Any]]:
+    """That nobody knows a deleted account, unless its address is somebody else's by now."""
+    _, successor = await others_of(host.database, mailbox)
+    found = {}
+    if mailbox.address in recipients and not successor:
+        found["postfix"] = {"result": "failed", "detail": "its map still has the address"}
+    login = logins.get(mailbox.address)
+    if isinstance(login, DovecotUser) and not (successor and login.uid != host.uid_of(mailbox)):
+        found["dovecot"] = {"result": "failed", "detail": "it still knows the login"}
+    return found
 
 
 def _judge(answer: DovecotUser | CommandFailed | None, uid: int, home: str) -> dict[str, Any]:
@@ -161,19 +193,49 @@ def _judge(answer: DovecotUser | CommandFailed | None, uid: int, home: str) -> d
     return judge_login(answer, uid, home)
 
 
-def _prove_maildir(host: Host, mailbox: Mailbox) -> dict[str, Any]:
-    """Of a deleted account: that its home is not back in the place, as far as its owner shows whose it is."""
+def _look(host: Host, mailbox: Mailbox, present: Present) -> dict[str, Any]:
+    """Home and archive, without a change."""
     try:
         if mailbox.state is not UserState.DELETED:
             return prove_maildir(host, mailbox)
-        if host.tells_apart(mailbox):
-            check_home(host.homes, mailbox.home, host.uid_of(mailbox))
+        archived = has_archive(host.homes, mailbox.id)
+        # Without root all homes have one owner, so that this one could be a successor's.
+        if host.tells_apart(mailbox) and owner_in_place(host.homes, mailbox.home) == host.uid_of(mailbox):
             return {"result": "failed", "detail": "its home is in place"}
-    except HostError:
-        pass
-    except OSError as error:
+    except (HostError, OSError) as error:
         return {"result": "failed", "detail": str(error)}
+    if archived and mailbox.purged:
+        return {"result": "failed", "detail": "an archive is left, and it was purged"}
+    if not archived and present.get("archived"):
+        return {"result": "failed", "detail": "its archive is gone"}
     return {"result": "ok", "detail": None}
+
+
+async def _strangers(host: Host, report: Report) -> None:
+    """Homes in our range of uids, and archives, that belong to no account. Whose they are is for people to say."""
+    owners, primary = host.owners(), await primary_domain(host.database)
+    places = await asyncio.to_thread(lambda: [place for place in list_homes(host.homes) if place[2] in owners])
+    for start in range(0, len(places), BATCH):
+        named = [
+            (f"{home.local_part}@{home.domain or primary}" if home and home.domain != primary else "", path, owner)
+            for home, path, owner in places[start : start + BATCH]
+        ]
+        found = await ids_at(host.database, host.name, [address for address, _, _ in named if address])
+        for address, path, owner in named:
+            ids = found.get(address, set())
+            if not (owner - host.uid_first in ids if isinstance(owners, range) else ids):
+                _strange(report, f"{path} has uid {owner} and belongs to no account")
+    archives = await asyncio.to_thread(list_archives, host.homes)
+    for start in range(0, len(archives), BATCH):
+        ids = set(archives[start : start + BATCH])
+        for user_id in sorted(ids - await known_ids(host.database, host.name, ids)):
+            _strange(report, f"{host.homes.path}/.archive/{user_id} belongs to no account")
+
+
+def _strange(report: Report, line: str) -> None:
+    report.differ += 1
+    report.left += 1
+    report.note(line)
 
 
 V = TypeVar("V")

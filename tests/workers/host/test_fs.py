@@ -30,14 +30,20 @@ from app.workers.host.fs import (
     HomeBroken,
     Homes,
     HomeTaken,
+    HomeUnknown,
     UnsafePath,
     check_home,
     ensure_archived,
     ensure_home,
     ensure_purged,
     ensure_restored,
+    has_archive,
     hold_lock,
+    list_archives,
+    list_homes,
     open_homes,
+    owner_in_place,
+    refuse_unknown,
     write_file,
 )
 
@@ -754,6 +760,129 @@ def test_the_owner_works_in_a_home_that_is_purged(homes: Homes, victim: Path) ->
 
 
 # Not root
+
+
+def test_purge_stops_when_it_is_told_to(homes: Homes) -> None:
+    ensure_home(homes, ALICE, UID)
+    for number in range(10):
+        (Path(homes.path) / f"alice/Maildir/new/{number}").touch()
+    ensure_archived(homes, ALICE, UID, USER_ID)
+    asked = itertools.count()
+    with pytest.raises(TimeoutError):
+        ensure_purged(homes, USER_ID, stopped=lambda: next(asked) == 5)
+    ensure_purged(homes, USER_ID)
+    assert os.listdir(homes.trash) == []
+
+
+# Whose it is
+
+
+def test_owner_in_place(homes: Homes, victim: Path) -> None:
+    for home in (ALICE, CAROL):
+        assert owner_in_place(homes, home) is None
+        ensure_home(homes, home, UID)
+        assert owner_in_place(homes, home) == UID
+    shutil.rmtree(f"{homes.path}/alice/Maildir")
+    assert owner_in_place(homes, ALICE) == UID
+    shutil.rmtree(f"{homes.path}/alice")
+    os.symlink(victim, f"{homes.path}/alice")
+    os.lchown(f"{homes.path}/alice", OTHER_UID, OTHER_UID)
+    assert owner_in_place(homes, ALICE) == OTHER_UID
+
+
+def put_file(home: str) -> None:
+    Path(home, "note").touch()
+
+
+def put_hidden(home: str) -> None:
+    Path(home, "Maildir/.Sent").mkdir()
+
+
+def put_mail(home: str) -> None:
+    Path(home, "Maildir/cur/1").touch()
+
+
+def put_link(home: str) -> None:
+    Path(home, "Maildir/tmp").rmdir()
+    Path(home, "Maildir/tmp").symlink_to("/tmp")
+
+
+def put_instead(home: str) -> None:
+    shutil.rmtree(home)
+    Path(home).touch()
+    os.chown(home, UID, UID)
+
+
+@pytest.mark.parametrize("put", [put_file, put_hidden, put_mail, put_link, put_instead])
+@both
+def test_what_nobody_knows_is_refused(homes: Homes, home: Home, put: Callable[[str], None]) -> None:
+    path = ensure_home(homes, home, UID)
+    put(path)
+    before = snapshot(Path(homes.path))
+    with pytest.raises(HomeUnknown, match=f"{path} holds files"):
+        refuse_unknown(homes, home, UID, USER_ID)
+    refuse_unknown(homes, home, UID, USER_ID, look_in_place=False)
+    refuse_unknown(homes, home, OTHER_UID, USER_ID)  # HomeTaken is for `ensure_home` to say
+    assert snapshot(Path(homes.path)) == before
+
+
+@both
+def test_an_archive_that_nobody_knows_is_refused(homes: Homes, home: Home) -> None:
+    path = ensure_home(homes, home, UID)
+    put_mail(path)
+    ensure_archived(homes, home, UID, USER_ID)
+    for look_in_place in (True, False):
+        with pytest.raises(HomeUnknown, match=f"{homes.path}/.archive/{USER_ID} holds files"):
+            refuse_unknown(homes, home, UID, USER_ID, look_in_place=look_in_place)
+    refuse_unknown(homes, home, UID, USER_ID + 1)
+
+
+@pytest.mark.parametrize("missing", ["", *PARTS])
+def test_empty_homes_are_nobodys(homes: Homes, missing: str) -> None:
+    """What a run that was killed has made, wherever it was killed."""
+    refuse_unknown(homes, ALICE, UID, USER_ID)
+    path = ensure_home(homes, ALICE, UID)
+    if missing:
+        shutil.rmtree(f"{path}{missing}")
+    refuse_unknown(homes, ALICE, UID, USER_ID)
+    ensure_archived(homes, ALICE, UID, USER_ID)
+    refuse_unknown(homes, ALICE, UID, USER_ID)
+
+
+def test_lists_what_lies_there(homes: Homes, victim: Path) -> None:
+    assert (list(list_homes(homes)), list_archives(homes)) == ([], [])
+    for home, uid in ((ALICE, UID), (CAROL, OTHER_UID)):
+        ensure_home(homes, home, uid)
+    for name in ("UPPER", "a b", "line\nbreak", "ü", "@nodot", "@example.org/.x"):
+        os.mkdir(f"{homes.path}/{name}")
+    os.mkdir(os.fsencode(homes.path) + b"/\xff")
+    os.symlink(victim, f"{homes.path}/link")
+    os.symlink(victim, f"{homes.path}/@example.net")
+    Path(f"{homes.path}/@example.com").touch()
+    found = {path.removeprefix(homes.path): (home, owner) for home, path, owner in list_homes(homes)}
+    assert found == {
+        "/alice": (ALICE, UID),
+        "/@example.org/carol": (CAROL, OTHER_UID),
+        "/link": (Home(None, LocalPart("link")), 0),
+    } | dict.fromkeys(("/UPPER", "/a b", "/line\nbreak", "/ü", "/\udcff", "/@example.org/.x"), (None, 0))
+    ensure_archived(homes, ALICE, UID, USER_ID)
+    Path(f"{homes.path}/.archive/rubbish").touch()
+    assert list_archives(homes) == [USER_ID]
+    assert (has_archive(homes, USER_ID), has_archive(homes, USER_ID + 1)) == (True, False)
+
+
+def test_looks_without_making(root: Path) -> None:
+    (root / "home").mkdir()
+    before = snapshot(root)
+    with open_homes(root, make=False) as homes:
+        assert (has_archive(homes, USER_ID), list_archives(homes), list(list_homes(homes))) == (False, [], [])
+        assert owner_in_place(homes, CAROL) is None
+    assert snapshot(root) == before
+    with open_homes(root) as homes:
+        ensure_home(homes, ALICE, UID)
+        ensure_archived(homes, ALICE, UID, USER_ID)
+    with open_homes(root, make=False) as homes:
+        assert (has_archive(homes, USER_ID), list_archives(homes)) == (True, [USER_ID])
 
 
 def test_without_root(root: Path) -> None:

@@ -3,8 +3,11 @@
 import asyncio
 import io
 import json
+import os
 import random
 import subprocess
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -26,8 +29,10 @@ from app.queue import claim as queue
 from app.queue.claim import MAX_ATTEMPTS, Outcome
 from app.queue.contracts import MAILBOX_SYNC
 from app.queue.wake import Listener, wake
+from app.workers.host import fs
 from app.workers.host import loop as loop_module
 from app.workers.host.commands import Commands
+from app.workers.host.handlers import users as users_handler
 from app.workers.host.handlers.users import GiveUp, Host, TryAgain, sync_mailbox
 from app.workers.host.loop import Worker, _begin
 from tests.conftest import HOST
@@ -376,6 +381,69 @@ async def test_the_heartbeat_renews_a_long_job_and_notices_a_lost_one(
     assert kept
 
 
+async def test_a_lost_job_keeps_its_lane_until_the_disk_is_left_alone(
+    machine: Machine, worker_settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread cannot be cancelled: it must not go on beside whoever works in the lane next."""
+    at_work, may_end = threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> str:
+        at_work.set()
+        assert may_end.wait(10)
+        return fs.ensure_home(*args)
+
+    ann = await machine.create()
+    worker = Worker(machine.host, worker_settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(users_handler, "ensure_home", slow)
+        await worker.round()
+        [lost] = worker.running
+        assert await asyncio.to_thread(at_work.wait, 10)
+    machine.clock.forward(minutes=2)
+    await queue.take_back(machine.host.database, HOST, machine.clock())
+    await worker.beat()
+    await worker.beat()
+    assert await worker.round() == 1
+    [again] = [task for task in worker.running if task is not lost]
+    done, _ = await asyncio.wait([lost, again], timeout=0.2)
+    assert done == set()
+    may_end.set()
+    await asyncio.wait([lost, again])
+    assert lost.cancelled()
+    assert (await machine.applied(ann)).version == 1
+    assert [job.state for job in await machine.jobs()] == [JobState.DONE]
+
+
+async def test_a_long_purge_holds_up_nobody(
+    machine: Machine, worker_settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann = await machine.create()
+    await machine.sync(ann)
+    for number in range(100):
+        machine.deliver(message=str(number))
+    await machine.delete(ann)
+    await machine.sync(ann)
+    await machine.purge(ann)
+    removing = threading.Event()
+    unlink = os.unlink
+
+    def slow(*args: Any, **options: Any) -> None:
+        removing.set()
+        time.sleep(0.02)
+        unlink(*args, **options)
+
+    task = asyncio.create_task(sync_mailbox(machine.host, ann))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", slow)
+        assert await asyncio.to_thread(removing.wait, 10)
+        task.cancel()
+        await asyncio.wait([task])
+    assert task.cancelled()
+    assert list((machine.root / "home/.trash").iterdir())
+    await machine.sync(ann)
+    assert list((machine.root / "home/.trash").iterdir()) == []
+
+
 async def test_a_start_takes_back_and_says_so(machine: Machine, worker_settings: WorkerSettings) -> None:
     await machine.create()
     dead = Worker(machine.host, worker_settings)
@@ -535,7 +603,10 @@ async def test_a_directory_that_is_not_safe_is_one_clear_line(
     with worker_process(worker_settings) as process:
         said = await asyncio.to_thread(process.communicate, timeout=10)
     assert process.returncode == 1
-    assert said == ("", f"{machine.root} is drwxrwxrwx 0:0: root alone must own it and be able to write there.\n")
+    assert said == (
+        "",
+        f"HOST_ROOT ({machine.root}): {machine.root} is drwxrwxrwx 0:0: root alone must own it and be able to write there.\n",
+    )
 
 
 async def test_killed_in_a_burst_and_nothing_is_lost(machine: Machine, worker_settings: WorkerSettings) -> None:

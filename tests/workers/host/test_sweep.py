@@ -21,7 +21,7 @@ from app.workers.host.fs import Home, ensure_home, hold_lock
 from app.workers.host.loop import Worker, _begin
 from app.workers.host.rows import read_mailbox
 from app.workers.host.sweep import Report, sweep
-from tests.conftest import HOST
+from tests.conftest import HOST, PRIMARY
 from tests.workers.host.machine import (
     UID_FIRST,
     UID_LAST,
@@ -133,6 +133,27 @@ async def back_after_the_purge(machine: Machine, user_id: int) -> None:
         os.chown(path, UID_FIRST + user_id, UID_FIRST + user_id)
 
 
+async def deleted(machine: Machine, user_id: int) -> None:
+    machine.deliver()
+    await machine.delete(user_id)
+    await machine.sync(user_id)
+    await no_jobs(machine)
+
+
+async def half_of_it_back(machine: Machine, user_id: int) -> None:
+    await deleted(machine, user_id)
+    shutil.rmtree(machine.archive(user_id) / "Maildir/tmp")
+    machine.archive(user_id).rename(machine.home())
+
+
+async def archive_after_the_purge(machine: Machine, user_id: int) -> None:
+    await deleted(machine, user_id)
+    await machine.purge(user_id)
+    await machine.sync(user_id)
+    await no_jobs(machine)
+    machine.archive(user_id).mkdir()
+
+
 DRIFT: dict[str, tuple[Harm, str]] = {
     "home removed": (home_removed, "maildir: {home}: ann is missing."),
     "mode": (mode, "maildir: {home} is drwxr-xr-x {uid}:{uid}, not drwx------ {uid}:{uid}."),
@@ -146,6 +167,8 @@ DRIFT: dict[str, tuple[Harm, str]] = {
     "job lost": (job_lost, "version 1 is applied, 2 is wanted"),
     "back from the archive": (back_from_the_archive, "maildir: its home is in place"),
     "back after the purge": (back_after_the_purge, "maildir: its home is in place"),
+    "half of it back": (half_of_it_back, "maildir: its home is in place"),
+    "archive after the purge": (archive_after_the_purge, "maildir: an archive is left, and it was purged"),
 }
 
 
@@ -176,10 +199,11 @@ async def test_drift_is_found_and_repaired(machine: Machine, worker_settings: Wo
     assert (after.seen, after.differ) == (2, 0)
     assert await machine.ready() == 2
     assert bob
-    if drift == "back from the archive":
+    if drift in ("back from the archive", "half of it back"):
         assert (machine.archive(ann) / "Maildir/new/1").exists()
-    deleted = drift in ("job lost", "back from the archive", "back after the purge")
-    assert machine.home().exists() != deleted
+    gone = ("job lost", "back from the archive", "back after the purge", "half of it back", "archive after the purge")
+    assert machine.home().exists() != (drift in gone)
+    assert machine.archive(ann).exists() == (drift in gone and "purge" not in drift)
 
 
 async def test_what_cannot_be_repaired_is_left_and_said(machine: Machine, worker_settings: WorkerSettings) -> None:
@@ -194,6 +218,73 @@ async def test_what_cannot_be_repaired_is_left_and_said(machine: Machine, worker
     assert (machine.home().stat().st_uid, ann) == (4711, ann)
     assert (await machine.applied(ann)).proofs["maildir"]["result"] == "failed"
     assert (await machine.applied(bob)).proofs["maildir"]["result"] == "ok"
+
+
+async def test_an_archive_that_is_gone_is_left_and_said(machine: Machine, worker_settings: WorkerSettings) -> None:
+    ann = await standing(machine)
+    await deleted(machine, ann)
+    assert (await run(machine, worker_settings)).differ == 0
+    shutil.rmtree(machine.archive(ann))
+    found = await run(machine, worker_settings, dry_run=True)
+    assert (found.left, found.lines) == (1, [f"user {ann}: maildir: its archive is gone"])
+    for _ in range(2):
+        tried = await run(machine, worker_settings)
+        assert (tried.repaired, tried.left) == (0, 1)
+        assert tried.lines[0].endswith(f": The archive of user {ann} is gone, and its mail with it.")
+    await machine.purge(ann)
+    await machine.sync(ann)
+    await no_jobs(machine)
+    assert (await run(machine, worker_settings)).differ == 0
+
+
+async def test_an_archive_beside_its_home_is_left_and_said(machine: Machine, worker_settings: WorkerSettings) -> None:
+    ann = await standing(machine)
+    machine.archive(ann).mkdir()
+    before = machine.disk()
+    for dry_run in (True, False):
+        report = await run(machine, worker_settings, dry_run=dry_run)
+        assert (report.differ, report.repaired, report.left) == (1, 0, 1)
+        assert report.lines == [f"user {ann}: an archive of it lies beside its home"]
+    assert machine.disk() == before
+
+
+async def test_what_belongs_to_no_account_is_left_and_said(machine: Machine, worker_settings: WorkerSettings) -> None:
+    """Homes with a uid of ours where it does not belong; those of the system's users are none of our business."""
+    await add_virtual_domain(machine)
+    ann, carol = await standing(machine), await standing(machine, "carol", domain=VIRTUAL)
+    homes = machine.root / "home"
+    strange = {
+        "zoe": UID_FIRST + 99,  # nobody has this id
+        "bob": UID_FIRST + ann,
+        f"@{PRIMARY}/ann": UID_FIRST + ann,
+        f"@{VIRTUAL}/ann": UID_FIRST + ann,
+        "@else.test/carol": UID_FIRST + carol,
+        "No Name": UID_FIRST + ann,
+    }
+    for name, uid in ({"root": 0, "system": 1000, "first": UID_FIRST} | strange).items():
+        (homes / name).mkdir(parents=True)
+        os.chown(homes / name, uid, uid)
+    for name in ("77", "77x", "077"):
+        (homes / ".archive" / name).mkdir()
+    before = machine.disk()
+    for dry_run in (True, False):
+        report = await run(machine, worker_settings, dry_run=dry_run)
+        assert (report.seen, report.differ, report.repaired, report.left) == (2, 7, 0, 7)
+        assert sorted(report.lines) == sorted(
+            [f"{homes / name} has uid {uid} and belongs to no account" for name, uid in strange.items()]
+            + [f"{homes}/.archive/77 belongs to no account"]
+        )
+    assert machine.disk() == before
+
+
+async def test_a_deleted_account_that_waits_for_its_job_is_no_stranger(
+    machine: Machine, worker_settings: WorkerSettings
+) -> None:
+    ann = await standing(machine)
+    await machine.delete(ann)
+    assert (await run(machine, worker_settings)).differ == 0
+    await machine.sync(ann)
+    assert (await run(machine, worker_settings)).differ == 0
 
 
 async def test_accounts_with_waiting_jobs_are_left_to_them(machine: Machine, worker_settings: WorkerSettings) -> None:
@@ -236,9 +327,15 @@ async def test_a_bad_row_is_reported_and_stops_nothing(machine: Machine, worker_
     for name in ("ann", "zoe"):
         shutil.rmtree(machine.home(name))
     report = await run(machine, worker_settings)
-    assert (report.seen, report.differ, report.repaired, report.left) == (6, 6, 2, 4)
+    assert (report.seen, report.differ, report.repaired, report.left) == (6, 7, 2, 5)
     said = "\n".join(report.lines)
-    for words in ("user 2: User 2 has a name", "user 4: User 4 has a", "above UID_LAST", "root alone must own it"):
+    for words in (
+        "user 2: User 2 has a name",
+        "user 4: User 4 has a",
+        "above UID_LAST",
+        "root alone must own it",
+        "range has uid",
+    ):
         assert words in said
     assert machine.home("ann").exists()
     assert machine.home("zoe").exists()

@@ -322,7 +322,9 @@ async def test_restored_from_an_archive_that_is_gone(machine: Machine, worker_se
     await machine.delete(ann)
     await machine.sync(ann)
     shutil.rmtree(machine.archive(ann))
-    await machine.sync(ann)  # does not make it a box that never was
+    with pytest.raises(GiveUp, match=f"The archive of user {ann} is gone"):
+        await machine.sync(ann)  # does not make it a box that never was
+    assert (await machine.applied(ann)).proofs["maildir"]["result"] == "failed"
     await machine.restore(ann)
     await work_all(machine, worker_settings)
     job = (await machine.jobs())[-1]
@@ -352,6 +354,81 @@ async def test_restored_when_the_archiving_was_not_reported(machine: Machine, mo
     await machine.restore(ann)
     await machine.sync(ann)
     assert machine.disk() == before
+
+
+# A database that was made anew
+
+
+async def forget(machine: Machine) -> None:
+    """To the worker it is the same as a database in which others got the ids."""
+    await machine.as_owner("DELETE FROM applied")
+
+
+async def refused(machine: Machine, user_id: int, before: Any) -> None:
+    with pytest.raises(GiveUp, match="holds files, and nothing in the database says"):
+        await machine.sync(user_id)
+    assert machine.disk() == before
+    assert await machine.shown(user_id) == set()
+    row = await machine.applied(user_id)
+    assert (row.version, row.stands, row.proofs["maildir"]["result"]) == (0, False, "failed")
+
+
+async def test_a_home_of_which_nothing_is_known_is_nobodys(machine: Machine) -> None:
+    ann = await machine.create()
+    await machine.sync(ann)
+    machine.deliver()
+    await forget(machine)
+    before = machine.disk()
+    await refused(machine, ann, before)
+    await refused(machine, ann, before)
+    await machine.delete(ann)
+    await refused(machine, ann, before)
+    await machine.restore(ann)
+    await refused(machine, ann, before)
+    machine.host.trust_homes = True
+    await machine.sync(ann)
+    assert machine.disk() == before
+    assert await machine.shown(ann) == SEEN
+    machine.host.trust_homes = False
+    await machine.sync(ann)
+    assert await machine.shown(ann) == SEEN
+
+
+async def test_an_archive_of_which_nothing_is_known_is_nobodys(machine: Machine) -> None:
+    ann = await machine.create()
+    await machine.sync(ann)
+    machine.deliver()
+    home = machine.disk()
+    await machine.delete(ann)
+    await machine.sync(ann)
+    await forget(machine)
+    before = machine.disk()
+    await refused(machine, ann, before)
+    await machine.restore(ann)
+    await refused(machine, ann, before)
+    machine.host.trust_homes = True
+    await machine.sync(ann)
+    assert machine.disk() == home
+    await machine.delete(ann)
+    await machine.sync(ann)
+    machine.host.trust_homes = False
+    await forget(machine)
+    await machine.purge(ann)
+    await refused(machine, ann, before)
+
+
+async def test_an_empty_home_may_be_one_that_was_not_reported(machine: Machine) -> None:
+    ann = await machine.create()
+    await machine.sync(ann)
+    await forget(machine)
+    await machine.sync(ann)
+    assert await machine.shown(ann) == SEEN
+    await machine.delete(ann)
+    await machine.sync(ann)
+    await forget(machine)
+    await machine.restore(ann)
+    await machine.sync(ann)
+    assert await machine.shown(ann) == SEEN
 
 
 # A foreign home, a broken one

@@ -14,11 +14,18 @@ Whatever happened, this ends in the same place, however often it runs:
 The order matters: a home stands before the views show the account, and the views hide it before the home is moved. The
 `home` in `applied.result` is set before a home is brought back, and cleared after it is archived, so that a run that was cut
 off in between is known by it.
+
+Files in the place or in the archive of an account of which `applied` knows nothing are somebody else's (decision 13):
+nothing is done with them.
 """
 
 import asyncio
+import threading
+from collections.abc import Callable, Container
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from app.db import Clock, Database
 from app.models.users import UserState
@@ -33,8 +40,12 @@ from app.workers.host.fs import (
     ensure_home,
     ensure_purged,
     ensure_restored,
+    has_archive,
+    refuse_unknown,
 )
 from app.workers.host.rows import BadRow, Mailbox, Present, others_of, read_mailbox, write_applied
+
+R = TypeVar("R")
 
 KICKS = 5
 """How often sessions are ended before the job is tried again later: a login may be half done while we kick."""
@@ -61,6 +72,8 @@ class Host:
     uid_first: int
     uid_last: int
     clock: Clock
+    trust_homes: bool = False
+    """Believe that files of which the database knows nothing belong to the account whose uid, or id, they have."""
     ask_postfix: Batched[str] = field(init=False)
     ask_dovecot: Batched[DovecotUser] = field(init=False)
 
@@ -80,6 +93,12 @@ class Host:
     def owner_of(self, mailbox: Mailbox) -> int:
         """The uid that they really have: without root, the worker's own."""
         return self.homes.owner_of(self.uid_of(mailbox))[0]
+
+    def owners(self) -> Container[int]:
+        """The uids that homes of ours can have: a range, or without root the worker's own alone."""
+        uids = range(self.uid_first + 1, self.uid_last + 1)
+        own, _ = self.homes.owner_of(uids[0])
+        return uids if own == uids[0] else (own,)
 
     def tells_apart(self, mailbox: Mailbox) -> bool:
         """Whether a home shows by its owner whose it is: not without root."""
@@ -106,15 +125,37 @@ async def sync_mailbox(host: Host, user_id: int) -> Outcome:
         raise GiveUp(str(error)) from None
 
 
+async def _on_disk(work: Callable[[], R], *, stopped: threading.Event | None = None) -> R:
+    """In a thread. A job that is cancelled meanwhile ends, and leaves its lane, only when the thread has ended."""
+    thread = asyncio.get_running_loop().run_in_executor(None, work)
+    try:
+        return await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        if stopped is not None:
+            stopped.set()
+        while not thread.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([thread])
+        thread.exception()  # Else it is reported as one that nobody looked at.
+        raise
+
+
+async def _refuse_unknown(host: Host, mailbox: Mailbox, present: Present, *, look_in_place: bool = True) -> None:
+    if present.version == 0 and present.get("home") is None and not host.trust_homes:
+        uid = host.uid_of(mailbox)
+        await _on_disk(partial(refuse_unknown, host.homes, mailbox.home, uid, mailbox.id, look_in_place=look_in_place))
+
+
 async def _make_stand(host: Host, mailbox: Mailbox, present: Present) -> Outcome:
     uid = host.uid_of(mailbox)
     if not present.stands:
         waiting, _ = await others_of(host.database, mailbox)
         if waiting:
             raise TryAgain(f"An earlier account {mailbox.address} is not archived yet.")
-        if present.result is not None:
+        await _refuse_unknown(host, mailbox, present)
+        if present.result is not None or host.trust_homes:
             await _bring_back(host, mailbox, present, uid)
-    home = await asyncio.to_thread(ensure_home, host.homes, mailbox.home, uid)
+    home = await _on_disk(partial(ensure_home, host.homes, mailbox.home, uid))
     result = {
         "uid": host.owner_of(mailbox),
         "home": home,
@@ -142,7 +183,7 @@ async def _bring_back(host: Host, mailbox: Mailbox, present: Present, uid: int) 
         outcome = Outcome(present.version, False, present.proofs or {}, moving)
         await write_applied(host.database, host.name, mailbox.id, outcome, host.clock())
     try:
-        await asyncio.to_thread(ensure_restored, host.homes, mailbox.home, uid, mailbox.id)
+        await _on_disk(partial(ensure_restored, host.homes, mailbox.home, uid, mailbox.id))
     except ArchiveMissing:
         if present.get("archived"):
             raise
@@ -160,15 +201,20 @@ async def _make_away(host: Host, mailbox: Mailbox, present: Present) -> Outcome:
         # Committed before the home moves: no mail meets a missing Maildir.
         hidden = Outcome(present.version, False, present.proofs or {}, result)
         await write_applied(host.database, host.name, mailbox.id, hidden, host.clock())
-        await host.commands.flush_auth_cache(mailbox.address)
+    await host.commands.flush_auth_cache(mailbox.address)
     sessions = await _prove_sessions(host, mailbox, present)
-    if await _may_lie_there(host, mailbox, present):
-        archived = await asyncio.to_thread(ensure_archived, host.homes, mailbox.home, uid, mailbox.id)
-        result["archived"] = archived or result["archived"]
-    result["home"] = None
-    detail = "archived" if result["archived"] else "there was none to keep"
+    may_lie_there = await _may_lie_there(host, mailbox, present)
+    await _refuse_unknown(host, mailbox, present, look_in_place=may_lie_there)
+    if may_lie_there:
+        await _on_disk(partial(ensure_archived, host.homes, mailbox.home, uid, mailbox.id))
+    archived = has_archive(host.homes, mailbox.id)
+    if result["archived"] and not archived and not mailbox.purged:
+        raise ArchiveMissing(f"The archive of user {mailbox.id} is gone, and its mail with it.")
+    result["home"], result["archived"] = None, archived
+    detail = "archived" if archived else "there was none to keep"
     if mailbox.purged:
-        await asyncio.to_thread(ensure_purged, host.homes, mailbox.id)
+        stopped = threading.Event()
+        await _on_disk(partial(ensure_purged, host.homes, mailbox.id, stopped=stopped.is_set), stopped=stopped)
         result["archived"], detail = False, "purged"
     proofs: dict[str, Any] = {"maildir": {"result": "ok", "detail": detail}}
     proofs["postfix"], proofs["dovecot"] = await asyncio.gather(
