@@ -5,7 +5,11 @@ from enum import StrEnum
 
 
 class Permission(StrEnum):
-    """What a route asks for. The value is what `403` names and what `--permission` takes."""
+    """What a route asks for. The value is what `403` names and what `--permission` takes.
+
+    `users:write` includes reading the account that it writes: each answer to a change is the whole account. Other accounts
+    it does not show: who has a taken address or external_id is told to callers with `users:read` only.
+    """
 
     USERS_READ = "users:read"
     USERS_WRITE = "users:write"
@@ -14,6 +18,8 @@ class Permission(StrEnum):
     DOMAINS_WRITE = "domains:write"
     HOSTS_READ = "hosts:read"
     HOSTS_WRITE = "hosts:write"
+    ALIASES_READ = "aliases:read"
+    ALIASES_WRITE = "aliases:write"
     ADDRESSES_READ = "addresses:read"
     JOBS_READ = "jobs:read"
     JOBS_RETRY = "jobs:retry"

@@ -1,6 +1,9 @@
 """The `cacert-mail` command. Each process is imported only when it is asked for, so that root never loads the web side."""
 
 import asyncio
+import contextlib
+import errno
+import socket
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -8,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
+
+from app.permissions import Permission, Role
 
 cli = typer.Typer(
     help="Provisions mail accounts on a Postfix and Dovecot host, and proves that each one works. "
@@ -21,6 +26,8 @@ db = typer.Typer(help="The database schema.", no_args_is_help=True)
 cli.add_typer(db, name="db")
 cli.add_typer(keys, name="keys")
 cli.add_typer(principal, name="principal")
+mail_host = typer.Typer(help="The configuration of Postfix, Dovecot and rspamd on this host.", no_args_is_help=True)
+cli.add_typer(mail_host, name="mailhost")
 
 
 def main() -> None:
@@ -51,7 +58,7 @@ def api(
 
     from app.config import ApiSettings
     from app.credentials.tokens import KeysUnusable
-    from app.log import set_up_logging
+    from app.log import log, set_up_logging
     from app.main import create_app
 
     settings = ApiSettings()
@@ -60,14 +67,9 @@ def api(
         app = create_app(settings)
     except KeysUnusable as error:
         raise stop(str(error)) from None
-    # What is loaded by now lives as long as the process: the collector need not walk it again and again.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 50)
-    uvicorn.run(
+    _stop_without_schema()
+    config = uvicorn.Config(
         app,
-        host=settings.listen_address,
-        port=settings.port,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
         proxy_headers=bool(settings.trusted_proxies),
@@ -77,6 +79,76 @@ def api(
         log_config=None,
         timeout_graceful_shutdown=5,
     )
+    if ssl_keyfile and not ssl_certfile:
+        raise stop("--ssl-keyfile goes with --ssl-certfile.", 2)
+    try:
+        config.load()
+    except OSError as error:  # an SSLError is one too
+        raise stop(f"The TLS certificate or its key cannot be used: {error}") from None
+    listeners = listen(settings.listen_address, settings.port)
+    # What is loaded by now lives as long as the process: the collector need not walk it again and again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
+    host = f"[{settings.listen_address}]" if ":" in settings.listen_address else settings.listen_address
+    url = f"{'https' if config.is_ssl else 'http'}://{host}:{listeners[0].getsockname()[1]}"
+    log.info("api_started", url=url, docs=f"{url}/docs")
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(listeners)
+
+
+def listen(address: str, port: int, setting: str = "PORT") -> list[socket.socket]:
+    """A listening socket for each address that a name has; most have one. What is in the way ends the command."""
+    made: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, where in socket.getaddrinfo(address, None, type=socket.SOCK_STREAM):
+            listener = socket.socket(family, kind, protocol)
+            made.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if (
+                family == socket.AF_INET6
+            ):  # else an IPv4 client of `::` is called ::ffff:…, which no list of proxies knows
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind((where[0], port, *where[2:]))
+            listener.listen(2048)
+    except (OSError, OverflowError, UnicodeError) as error:
+        for listener in made:
+            listener.close()
+        raise stop(_why_not(address, port, error, setting)) from None
+    return made
+
+
+def _why_not(address: str, port: int, error: Exception, setting: str) -> str:
+    reason = getattr(error, "strerror", error)
+    match getattr(error, "errno", None):
+        case errno.EADDRINUSE:
+            return f"Port {port} on {address} is taken: {reason}. {setting}= chooses another one."
+        case errno.EACCES:
+            return f"Port {port} on {address} is not for this user: {reason}. {setting}= chooses one above 1023."
+    return f"This machine cannot listen on {address}, port {port}: {reason}. LISTEN_ADDRESS= and PORT= choose another place."
+
+
+def _stop_without_schema() -> None:
+    """Ends the command when the database answers without our schema. One that is away may come back, and is logged."""
+    from sqlalchemy.exc import DBAPIError
+
+    from app.db import Database, is_busy, is_lost
+    from app.errors import Unavailable
+    from app.log import log
+    from app.models.schema import check_schema
+
+    async def check(database: Database) -> None:
+        async with asyncio.timeout(3):
+            await database.reading(check_schema)
+
+    try:
+        asyncio.run(_with_database(check))
+    except Unavailable as error:
+        raise stop(error.detail) from None
+    except (DBAPIError, OSError) as error:
+        if not (is_lost(error) or (isinstance(error, DBAPIError) and is_busy(error))):
+            raise stop(_refused(error)) from None
+        log.warning("database_away", kind=type(error).__name__)
 
 
 @cli.command()
@@ -100,12 +172,36 @@ def service() -> None:
 
     settings = ServiceSettings()
     set_up_logging(settings.log_format, settings.log_level)
+    _stop_without_schema()
     _work(run_service(settings))
+
+
+@cli.command()
+def policy() -> None:
+    """Answer Postfix and rspamd: who may send as whom, and to how many. Unprivileged; its database user is `policy`."""
+    from app.config import PolicySettings
+    from app.log import set_up_logging
+    from app.workers.policy.loop import run_policy
+
+    settings = PolicySettings()
+    set_up_logging(settings.log_format, settings.log_level)
+    _stop_without_schema()
+    (questions,) = listen("127.0.0.1", settings.policy_port, "POLICY_PORT")
+    (froms,) = listen("127.0.0.1", settings.from_port, "FROM_PORT")
+    _work(run_policy(settings, questions, froms))
 
 
 @cli.command()
 def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what differs.")] = False,
+    trust_homes: Annotated[
+        bool,
+        typer.Option(
+            "--trust-homes",
+            help="Believe that homes and archives of which the database knows nothing are those of the accounts whose uid "
+            "or id they have: after `applied` was lost, never after the database was made anew.",
+        ),
+    ] = False,
 ) -> None:
     """Compare all accounts of this host with what is there, and repair. Exits 1 when something differs and stays so."""
     from app.config import WorkerSettings
@@ -114,7 +210,7 @@ def sweep(
 
     settings = WorkerSettings()
     set_up_logging(settings.log_format, settings.log_level)
-    report = _work(sweep_once(settings, dry_run=dry_run))
+    report = _work(sweep_once(settings, dry_run=dry_run, trust_homes=trust_homes))
     for line in report.lines:
         typer.echo(line)
     typer.echo(report.summary)
@@ -131,7 +227,7 @@ def _work(work: Any) -> Any:
     except CacertMailError as error:
         raise stop(error.detail) from None
     except DBAPIError as error:
-        raise stop(f"The database cannot be reached or refused: {error.orig}") from None
+        raise stop(_refused(error)) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
@@ -192,6 +288,10 @@ async def _with_database(function: Callable[[Any], Awaitable[Any]]) -> Any:
     database = Database(settings.database_url.get_secret_value(), ca_file=settings.database_ca_file)
     try:
         return await function(database)
+    except Exception:
+        # A connection that failed has a thread on SQLite, which tells the loop that it ends, and complains if that is gone.
+        await asyncio.sleep(0.05)
+        raise
     finally:
         await database.close()
 
@@ -203,7 +303,11 @@ def _connected(function: Callable[[Any], Awaitable[Any]]) -> Any:
     try:
         return asyncio.run(_with_database(function))
     except (DBAPIError, OSError) as error:
-        raise stop(f"The database cannot be reached or refused: {getattr(error, 'orig', error)}") from None
+        raise stop(_refused(error)) from None
+
+
+def _refused(error: Exception) -> str:
+    return f"The database cannot be reached or refused: {getattr(error, 'orig', error)}"
 
 
 def _change(function: Any, *args: Any) -> Any:
@@ -226,22 +330,53 @@ def _change(function: Any, *args: Any) -> Any:
         raise stop(error.detail) from None
 
 
+# Texts and not enums: of an enum with many values typer breaks the names anywhere, and draws a box around an error.
+_ROLES = ", ".join(Role)
+_PERMISSIONS = ", ".join(Permission)
+
+
+@mail_host.command("render")
+def render_mailhost(
+    out: Annotated[Path, typer.Option(help="Below it: etc/postfix/main.cf and so on. Passwords are in them.")],
+) -> None:
+    """Write the whole configuration into a directory, to look at it."""
+    from app.cli.mailhost import render
+
+    render(out)
+
+
+@mail_host.command("check")
+def check_mailhost() -> None:
+    """Say in words how the installed files differ from what they should be. Exits 1 when they do."""
+    from app.cli.mailhost import check
+
+    check()
+
+
+@mail_host.command("install")
+def install_mailhost() -> None:
+    """Write what differs, once the programs' own checkers agree, keep what was there, and have the programs read it."""
+    from app.cli.mailhost import install
+
+    install()
+
+
 @principal.command("create")
 def create_principal(
-    role: Annotated[str, typer.Option(help="What it is; `primary` may do everything.")],
+    role: Annotated[str, typer.Option(help=f"One of: {_ROLES}. `primary` may do everything.")],
     name: Annotated[str, typer.Option(help="For people.")],
-    permission: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
+    permission: Annotated[
+        list[str] | None, typer.Option(help=f"Only this one; may be given several times: {_PERMISSIONS}.")
+    ] = None,
 ) -> None:
     """Make a client. Its id and secret are printed now and never again."""
-    from app.permissions import ROLE_PERMISSIONS, Permission, Role
     from app.services.principals import create_principal as create
 
     try:
         wanted = Role(role)
         only = [Permission(each) for each in permission] if permission else None
     except ValueError as error:
-        every = ", ".join(sorted(each.value for each in ROLE_PERMISSIONS[Role.PRIMARY]))
-        raise stop(f"{error}. Roles: {', '.join(Role)}. Permissions: {every}.", 2) from None
+        raise stop(f"{error}. Roles: {_ROLES}. Permissions: {_PERMISSIONS}.", 2) from None
     client_id, secret = _change(create, name, wanted, only)
     typer.echo(f"CLIENT_ID={client_id}\nCLIENT_SECRET={secret}")
 

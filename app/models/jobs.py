@@ -11,7 +11,7 @@ progress columns.
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlmodel import Field, SQLModel
@@ -83,6 +83,14 @@ class Applied(SQLModel, table=True):
     result: dict[str, Any] = Field(sa_column=sa.Column(sa.JSON(), nullable=False))
     """What only the host knows: uid, home, the `access_ended_at` that was carried out, whether an archive is kept."""
     applied_at: datetime = Field(sa_column=timestamp(nullable=False))
+
+
+class JobRow(NamedTuple):
+    """What is shown of the latest job about a subject."""
+
+    id: int
+    state: str
+    error: str | None
 
 
 jobs: sa.Table = Job.__table__  # type: ignore[attr-defined]  # SQLModel does not declare it

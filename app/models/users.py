@@ -40,6 +40,8 @@ class User(SQLModel, table=True):
     contact_address: str | None = Field(sa_column=sa.Column(ascii_string(254)))
     external_id: str | None = Field(sa_column=sa.Column(text_string(128), unique=True))
     quota_bytes: int | None = Field(sa_column=sa.Column(big_integer()))
+    send_limit: int | None = Field(sa_column=sa.Column(sa.Integer()))
+    """Recipients an hour by submission; null: what the policy process is set to."""
     state: str = Field(sa_column=sa.Column(ascii_string(16), nullable=False))
     state_before: str | None = Field(sa_column=sa.Column(ascii_string(16)))
     """What a deleted account was before, for `restore`."""

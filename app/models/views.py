@@ -34,6 +34,25 @@ class View:
 
 _STANDS = "JOIN applied a ON a.host = u.host AND a.kind = 'mailbox.sync' AND a.subject_id = u.id AND a.stands = 1"
 
+# Where an alias leads now: to accounts that stand, to aliases that are there, and elsewhere.
+_ROUTE = (
+    " FROM aliases a JOIN domains d ON d.id = a.domain_id JOIN alias_destinations t ON t.alias_id = a.id"
+    " LEFT JOIN users u ON u.id = t.user_id"
+    " LEFT JOIN applied p ON p.host = u.host AND p.kind = 'mailbox.sync' AND p.subject_id = u.id"
+    " LEFT JOIN aliases o ON o.id = t.target_alias_id"
+    " WHERE a.deleted_at IS NULL AND (t.address IS NOT NULL OR (o.id IS NOT NULL AND o.deleted_at IS NULL)"
+    " OR (p.stands = 1 AND u.state IN ('active', 'suspended')))"
+)
+_DESTINATION = "COALESCE(t.address, o.address, u.address) AS destination"
+
+# Everybody as themselves, and the designated as their aliases.
+_SENDERS = (
+    f"SELECT u.address, u.address AS login FROM users u {_STANDS} WHERE u.state = 'active'"
+    " UNION ALL SELECT s.address, u.address AS login FROM sender_rules r"
+    " JOIN aliases s ON s.id = r.alias_id AND s.deleted_at IS NULL AND s.kind = 'send_as'"
+    f" JOIN users u ON u.id = r.user_id {_STANDS} WHERE u.state = 'active'"
+)
+
 VIEWS = (
     View(
         "worker_users",
@@ -62,6 +81,26 @@ VIEWS = (
         "dovecot_passwords",
         "SELECT u.address, u.host, u.password_hash AS password"
         f" FROM users u {_STANDS} WHERE u.state = 'active' AND u.password_hash IS NOT NULL",
+    ),
+    View(
+        "worker_aliases",
+        "SELECT a.id, a.address, a.local_part, d.name AS domain, d.kind AS domain_kind, a.kind, a.version, a.deleted_at"
+        " FROM aliases a JOIN domains d ON d.id = a.domain_id",
+    ),
+    View("worker_alias_destinations", f"SELECT a.id AS alias_id, t.position, {_DESTINATION}{_ROUTE}"),
+    # What is not in the alias file: local(8) asks the first, by local part, and cleanup(8) the second.
+    View(
+        "postfix_local_aliases",
+        f"SELECT a.local_part, {_DESTINATION}{_ROUTE} AND d.kind = 'primary' AND a.kind = 'send_as'",
+    ),
+    View("postfix_virtual_aliases", f"SELECT a.address, {_DESTINATION}{_ROUTE} AND d.kind = 'virtual'"),
+    View("postfix_own_domains", "SELECT name FROM domains WHERE kind IN ('primary', 'virtual')"),
+    View("postfix_senders", _SENDERS),
+    View("postfix_logins", f"SELECT u.address AS login, u.host FROM users u {_STANDS} WHERE u.state = 'active'"),
+    View("policy_senders", _SENDERS),
+    View(
+        "policy_logins",
+        f"SELECT u.address AS login, u.host, u.send_limit FROM users u {_STANDS} WHERE u.state = 'active'",
     ),
 )
 

@@ -4,8 +4,8 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from app.models.schema import check_schema
 from app.routers.shapes import problem
-from app.services.health import check_schema
 from app.web.dependencies import PUBLIC, Route, Service
 
 router = APIRouter(tags=["Health"], route_class=Route, dependencies=[PUBLIC])

@@ -8,8 +8,7 @@ import orjson
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from app.models.jobs import JobState
-from app.services.users import JobRow
+from app.models.jobs import JobRow, JobState
 from app.web.conditional import not_modified
 from app.web.dependencies import Call
 from app.web.waiting import seconds_to_wait

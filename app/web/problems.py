@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from app import errors
 from app.db import is_busy, is_lost
@@ -96,7 +97,7 @@ BY_ERROR: dict[type[Exception], ProblemType] = {
         errors.NotFound,
         404,
         "There is no such thing",
-        "Look at the spelling. A deleted account answers to its id only; list deleted ones with their address.",
+        "Look at the spelling. A deleted account no longer answers to its address: list deleted ones with it.",
         f"{_ME}'/v1/users?state=deleted&address=alice@cacert.org'",
     ),
     errors.AddressReserved: _of(
@@ -119,6 +120,49 @@ BY_ERROR: dict[type[Exception], ProblemType] = {
         "The account is there already",
         "Read it (its id is `id`) and change it instead, or take another address or external_id.",
         f"{_ME}/v1/users/$ID",
+    ),
+    errors.AliasExists: _of(
+        errors.AliasExists,
+        409,
+        "The address is an alias",
+        "Read it (its id is `id`) and change where it leads, or delete it first: its address is free then.",
+        f"{_ME}/v1/aliases/$ID",
+    ),
+    errors.AliasDeleted: _of(
+        errors.AliasDeleted,
+        409,
+        "The alias is deleted",
+        "Nothing of it is left to change. Create it anew.",
+        f"{_ME}'/v1/aliases?deleted=true'",
+    ),
+    errors.AliasLoops: _of(
+        errors.AliasLoops,
+        409,
+        "Mail would go in a circle",
+        "`chain` shows the way from the alias back to itself. Take one step out of it. Nothing was changed.",
+        f"{_ME}/v1/addresses/pr@cacert.org",
+    ),
+    errors.AliasTooDeep: _of(
+        errors.AliasTooDeep,
+        409,
+        "Mail would pass through too many aliases",
+        "`chain` shows them. Lead one of the first straight to where the mail should end. Nothing was changed.",
+        f"{_ME}/v1/addresses/pr@cacert.org",
+    ),
+    errors.NoDestination: _of(
+        errors.NoDestination,
+        422,
+        "It leads to nobody",
+        "`errors` names the address that nobody has. Create that account or alias first. Nothing was changed.",
+        f"{_ME}/v1/addresses/alice@cacert.org",
+    ),
+    errors.OutsideRefused: _of(
+        errors.OutsideRefused,
+        422,
+        "Addresses elsewhere need SRS",
+        "A mail that is passed on keeps its sender, whose domain does not allow our host to send for it (SPF): it would be "
+        "refused there. With `srs` on, our hosts rewrite the sender.",
+        f"""{_SEND} -X PATCH $URL/v1/hosts/$HOST -d '{{"settings": {{"srs": true}}}}'""",
     ),
     errors.UserNotDeleted: _of(
         errors.UserNotDeleted,
@@ -341,6 +385,44 @@ def pointer(location: Sequence[int | str]) -> dict[str, str]:
     return {"parameter" if place in ("query", "path") else str(place): ".".join(map(str, path))}
 
 
+_PLAINER = {
+    "missing": "This is required.",
+    "extra_forbidden": "There is no such field.",
+    "string_type": "This takes a string, in double quotes.",
+    "bool_type": "This is true or false.",
+    "bool_parsing": "This is true or false.",
+    "model_attributes_type": "This takes a JSON object, in braces.",
+}
+"""For pydantic's messages that only a programmer understands."""
+
+PATTERNS = {
+    r"^[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?$": "The name of a host takes 1 to 64 of a-z, 0-9, dot and hyphen; it starts and "
+    "ends with a letter or digit.",
+}
+"""What takes which pattern, in words."""
+
+
+def words(request: Request, fault: Mapping[str, Any]) -> str:
+    """What is wrong, for people, and never the value that was sent."""
+    kind, context = fault["type"], fault.get("ctx", {})
+    if kind == "extra_forbidden" and len(fault["loc"]) == 2:  # a member of the body itself
+        fields = request.scope["route"].body_field.field_info.annotation.model_fields
+        return f"There is no such field. This takes: {', '.join(fields)}."
+    if kind == "string_pattern_mismatch" and context["pattern"] in PATTERNS:
+        return PATTERNS[context["pattern"]]
+    if kind == "too_long" and context["field_type"] == "Value":  # of a secret: pydantic says how long it is
+        return f"This takes at most {context['max_length']} characters."
+    if kind in _PLAINER:
+        return _PLAINER[kind]
+    return f"{fault['msg'].removeprefix('Value error, ').removesuffix('.')}."
+
+
+def _exists_without_slash(request: Request) -> bool:
+    path = request.scope["path"]
+    scope = {**request.scope, "path": path[:-1]}
+    return path.endswith("/") and any(route.matches(scope)[0] != Match.NONE for route in request.app.routes)
+
+
 def install(app: FastAPI) -> None:
     """Every error of every route ends in one of these four."""
 
@@ -350,22 +432,27 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        faults = error.errors()
         if request.scope["path"] == "/oauth/token":  # RFC 6749, section 5.2
-            said = {"error": "invalid_request", "error_description": "The form is not well formed; see /docs."}
-            return Response(json.dumps(said), 400, {"Cache-Control": "no-store"}, "application/json")
-        if len(faults) == 1 and faults[0]["type"] == "json_invalid":
-            return problem_response(request, CATALOGUE["bad-request"], "The body is not valid JSON.")
-        found = [{**pointer(fault["loc"]), "detail": fault["msg"].removeprefix("Value error, ")} for fault in faults]
-        detail = " ".join(sorted({str(fault["detail"]) for fault in found}))[:500]
-        return problem_response(request, CATALOGUE["invalid-request"], detail, members={"errors": found[:20]})
+            refused = {"error": "invalid_request", "error_description": "The form is not well formed; see /docs."}
+            return Response(json.dumps(refused), 400, {"Cache-Control": "no-store"}, "application/json")
+        if isinstance(reason := error.__cause__, json.JSONDecodeError):
+            where = f"at line {reason.lineno}, column {reason.colno}"
+            detail = f"The body is not valid JSON: {reason.msg.removesuffix(' at')} {where}."
+            return problem_response(request, CATALOGUE["bad-request"], detail)
+        faults = [(fault["loc"], words(request, fault)) for fault in error.errors()]
+        found = [{**pointer(place), "detail": text} for place, text in faults[:20]]
+        detail = " ".join(f"{'.'.join(map(str, place[1:])) or 'body'}: {text}" for place, text in faults)[:500]
+        return problem_response(request, CATALOGUE["invalid-request"], detail, members={"errors": found})
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         problem = CATALOGUE[
             _BY_STATUS.get(error.status_code, "bad-request" if error.status_code < 500 else "internal-error")
         ]
-        return problem_response(request, problem, str(error.detail), headers=error.headers)
+        detail = str(error.detail)
+        if error.status_code == 404 and _exists_without_slash(request):
+            detail = "Leave out the slash at the end."
+        return problem_response(request, problem, detail, headers=error.headers)
 
     @app.exception_handler(DBAPIError)
     @app.exception_handler(PoolTimeout)

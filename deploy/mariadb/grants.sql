@@ -13,15 +13,22 @@
 CREATE USER IF NOT EXISTS 'api'@'%' IDENTIFIED VIA mysql_native_password USING 'invalid' ACCOUNT LOCK;
 CREATE USER IF NOT EXISTS 'worker'@'%' IDENTIFIED VIA mysql_native_password USING 'invalid' ACCOUNT LOCK;
 CREATE USER IF NOT EXISTS 'service'@'%' IDENTIFIED VIA mysql_native_password USING 'invalid' ACCOUNT LOCK;
+CREATE USER IF NOT EXISTS 'policy'@'%' IDENTIFIED VIA mysql_native_password USING 'invalid' ACCOUNT LOCK;
 CREATE USER IF NOT EXISTS 'postfix'@'%' IDENTIFIED VIA mysql_native_password USING 'invalid' ACCOUNT LOCK;
 CREATE USER IF NOT EXISTS 'dovecot'@'%' IDENTIFIED VIA mysql_native_password USING 'invalid' ACCOUNT LOCK;
 
-REVOKE ALL PRIVILEGES, GRANT OPTION FROM 'api'@'%', 'worker'@'%', 'service'@'%', 'postfix'@'%', 'dovecot'@'%';
+REVOKE ALL PRIVILEGES, GRANT OPTION FROM 'api'@'%', 'worker'@'%', 'service'@'%', 'policy'@'%', 'postfix'@'%', 'dovecot'@'%';
 
 -- api: writes what should be, asks for work, and never touches its progress.
 GRANT SELECT, INSERT, UPDATE, DELETE ON cacertusers.domains TO 'api'@'%';
 GRANT SELECT, INSERT, UPDATE, DELETE ON cacertusers.hosts TO 'api'@'%';
-GRANT SELECT, INSERT, UPDATE ON cacertusers.addresses TO 'api'@'%';
+-- DELETE for aliases: a deleted user leaves a tombstone.
+GRANT SELECT, INSERT, UPDATE, DELETE ON cacertusers.addresses TO 'api'@'%';
+GRANT SELECT, INSERT, UPDATE ON cacertusers.aliases TO 'api'@'%';
+GRANT SELECT, INSERT, UPDATE, DELETE ON cacertusers.alias_destinations TO 'api'@'%';
+GRANT SELECT, INSERT, DELETE ON cacertusers.sender_rules TO 'api'@'%';
+-- What Postfix reads, so that the answer to "who may send as this" is its own.
+GRANT SELECT ON cacertusers.postfix_senders TO 'api'@'%';
 GRANT SELECT, INSERT, UPDATE ON cacertusers.users TO 'api'@'%';
 GRANT SELECT, INSERT, UPDATE ON cacertusers.principals TO 'api'@'%';
 GRANT SELECT ON cacertusers.applied TO 'api'@'%';
@@ -34,6 +41,8 @@ GRANT SELECT ON cacertusers.alembic_version TO 'api'@'%';
 
 -- worker: root on a mail host. Sees accounts without their secrets, and writes what is.
 GRANT SELECT ON cacertusers.worker_users TO 'worker'@'%';
+GRANT SELECT ON cacertusers.worker_aliases TO 'worker'@'%';
+GRANT SELECT ON cacertusers.worker_alias_destinations TO 'worker'@'%';
 GRANT SELECT ON cacertusers.domains TO 'worker'@'%';
 GRANT SELECT ON cacertusers.hosts TO 'worker'@'%';
 GRANT SELECT, UPDATE (state, run_at, attempts, fence, lease_until, running_lane, error, finished_at)
@@ -61,8 +70,18 @@ GRANT SELECT, INSERT ON cacertusers.audit_events TO 'service'@'%';
 GRANT SELECT, DELETE ON cacertusers.idempotency_keys TO 'service'@'%';
 GRANT SELECT ON cacertusers.alembic_version TO 'service'@'%';
 
+-- policy: who may send what, and how much.
+GRANT SELECT ON cacertusers.policy_senders TO 'policy'@'%';
+GRANT SELECT ON cacertusers.policy_logins TO 'policy'@'%';
+GRANT SELECT ON cacertusers.alembic_version TO 'policy'@'%';
+
 -- Postfix and Dovecot: their own lookups.
 GRANT SELECT ON cacertusers.postfix_recipients TO 'postfix'@'%';
 GRANT SELECT ON cacertusers.postfix_virtual_domains TO 'postfix'@'%';
+GRANT SELECT ON cacertusers.postfix_local_aliases TO 'postfix'@'%';
+GRANT SELECT ON cacertusers.postfix_virtual_aliases TO 'postfix'@'%';
+GRANT SELECT ON cacertusers.postfix_own_domains TO 'postfix'@'%';
+GRANT SELECT ON cacertusers.postfix_senders TO 'postfix'@'%';
+GRANT SELECT ON cacertusers.postfix_logins TO 'postfix'@'%';
 GRANT SELECT ON cacertusers.dovecot_users TO 'dovecot'@'%';
 GRANT SELECT ON cacertusers.dovecot_passwords TO 'dovecot'@'%';

@@ -21,7 +21,11 @@ ALLOWED: dict[str, dict[str, dict[str, str]]] = {
     "api": {
         "domains": {"SELECT": "all", "INSERT": "all", "UPDATE": "all", "DELETE": "all"},
         "hosts": {"SELECT": "all", "INSERT": "all", "UPDATE": "all", "DELETE": "all"},
-        "addresses": {"SELECT": "all", "INSERT": "all", "UPDATE": "all"},
+        "addresses": {"SELECT": "all", "INSERT": "all", "UPDATE": "all", "DELETE": "all"},
+        "aliases": {"SELECT": "all", "INSERT": "all", "UPDATE": "all"},
+        "alias_destinations": {"SELECT": "all", "INSERT": "all", "UPDATE": "all", "DELETE": "all"},
+        "sender_rules": {"SELECT": "all", "INSERT": "all", "DELETE": "all"},
+        "postfix_senders": {"SELECT": "all"},
         "users": {"SELECT": "all", "INSERT": "all", "UPDATE": "all"},
         "principals": {"SELECT": "all", "INSERT": "all", "UPDATE": "all"},
         "applied": {"SELECT": "all"},
@@ -33,6 +37,8 @@ ALLOWED: dict[str, dict[str, dict[str, str]]] = {
     },
     "worker": {
         "worker_users": {"SELECT": "all"},
+        "worker_aliases": {"SELECT": "all"},
+        "worker_alias_destinations": {"SELECT": "all"},
         "domains": {"SELECT": "all"},
         "hosts": {"SELECT": "all"},
         "jobs": {"SELECT": "all", "UPDATE": PROGRESS},
@@ -53,7 +59,20 @@ ALLOWED: dict[str, dict[str, dict[str, str]]] = {
         "idempotency_keys": {"SELECT": "all", "DELETE": "all"},
         "alembic_version": {"SELECT": "all"},
     },
-    "postfix": {"postfix_recipients": {"SELECT": "all"}, "postfix_virtual_domains": {"SELECT": "all"}},
+    "policy": {
+        "policy_senders": {"SELECT": "all"},
+        "policy_logins": {"SELECT": "all"},
+        "alembic_version": {"SELECT": "all"},
+    },
+    "postfix": {
+        "postfix_recipients": {"SELECT": "all"},
+        "postfix_virtual_domains": {"SELECT": "all"},
+        "postfix_local_aliases": {"SELECT": "all"},
+        "postfix_virtual_aliases": {"SELECT": "all"},
+        "postfix_own_domains": {"SELECT": "all"},
+        "postfix_senders": {"SELECT": "all"},
+        "postfix_logins": {"SELECT": "all"},
+    },
     "dovecot": {"dovecot_users": {"SELECT": "all"}, "dovecot_passwords": {"SELECT": "all"}},
 }
 

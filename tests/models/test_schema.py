@@ -2,16 +2,22 @@
 
 import asyncio
 import re
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, inspect, text
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, inspect, make_url, text
+from sqlalchemy.exc import DBAPIError
 from sqlmodel import SQLModel
 
 from alembic import command
 from app.cli.db import NotOurs, _config, upgrade_database
-from app.db import Database
+from app.db import Database, is_busy, is_lost
+from app.errors import Unavailable
+from app.models.schema import REVISION, check_schema
 from app.models.views import VIEWS
 from tests.conftest import migrate
 from tests.stack.mariadb import OWNER, MariaDB
@@ -51,7 +57,9 @@ def described(connection: Connection) -> dict[str, str]:
 
 
 def _sorted(statement: str) -> str:
-    # SQLite keeps the statement as it was sent, where constraints stand in any order; a database name is part of a view.
+    # SQLite keeps the statement as it was sent, where constraints stand in any order, and puts a column that is added onto the
+    # line of the one before; a database name is part of a view.
+    statement = re.sub(r", (\w+ [A-Z]+), $", r",\n\1,", statement, flags=re.MULTILINE)
     statement = re.sub(r"AUTO_INCREMENT=\d+ ", "", statement).replace("`declared`.", "").replace("`cacertusers`.", "")
     return "\n".join(sorted(line.strip(" ,\t") for line in statement.splitlines() if line.strip(" ,\t")))
 
@@ -116,3 +124,103 @@ def test_a_database_that_is_not_ours_is_left_alone(scratch: Path, setup: str) ->
 
     asyncio.run(upgrade())
     assert run(url, described) == before
+
+
+def test_the_revision_that_this_release_needs_is_the_newest() -> None:
+    revisions = [script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()]
+    assert revisions[0] == REVISION, "write the newest revision into REVISION in app/models/schema.py"
+    assert revisions == sorted(revisions, reverse=True), "name revisions so that they sort: check_schema compares them"
+
+
+async def _check(url: str) -> None:
+    database = Database(url)
+    try:
+        await database.reading(check_schema)
+    finally:
+        await database.close()
+
+
+def check(url: str) -> str:
+    """What check_schema says, or nothing."""
+    try:
+        asyncio.run(_check(url))
+    except Unavailable as error:
+        return error.detail
+    return ""
+
+
+MISSING = "The database has no schema of ours: run `cacert-mail db upgrade`."
+OLDER = f"The schema is at 2026_01_01_older, this release needs {REVISION}: run `cacert-mail db upgrade`."
+
+
+@pytest.mark.parametrize(
+    ("statement", "says"),
+    [
+        ("SELECT 1", ""),
+        ("UPDATE alembic_version SET version_num = '2031_01_01_later'", ""),
+        ("UPDATE alembic_version SET version_num = '2026_01_01_older'", OLDER),
+        ("DELETE FROM alembic_version", MISSING),
+        ("DROP TABLE alembic_version", MISSING),
+    ],
+)
+def test_the_schema_is_checked_on_sqlite(scratch: Path, statement: str, says: str) -> None:
+    url = f"sqlite+aiosqlite:///{scratch}/checked.db"
+    migrate(url)
+    run(url, lambda connection: connection.execute(text(statement)))
+    assert check(url) == says
+
+
+def test_an_empty_file_has_no_schema(scratch: Path) -> None:
+    assert check(f"sqlite+aiosqlite:///{scratch}/empty.db") == MISSING
+
+
+def test_the_schema_is_checked_on_mariadb(mariadb: MariaDB) -> None:
+    url = make_url(mariadb.url("api")).set(username="dovecot", password=mariadb.passwords["dovecot"])
+    granted_nothing = url.render_as_string(hide_password=False)
+    for user in ("api", "worker", "service"):
+        assert check(mariadb.url(user)) == ""
+    assert "deploy/mariadb/grants.sql" in check(granted_nothing)
+    mariadb.sql("RENAME TABLE alembic_version TO elsewhere", OWNER)
+    try:
+        assert check(mariadb.url("api")) == MISSING
+        assert check(mariadb.url(OWNER)) == MISSING
+        assert "deploy/mariadb/grants.sql" in check(granted_nothing)
+    finally:
+        mariadb.sql("RENAME TABLE elsewhere TO alembic_version", OWNER)
+
+
+def test_a_database_that_is_away_is_not_called_empty(mariadb: MariaDB) -> None:
+    async def work() -> None:
+        database = Database(mariadb.url("api"))
+        try:
+            async with database.read.connect() as connection:
+                number = (await connection.execute(text("SELECT CONNECTION_ID()"))).scalar()
+                mariadb.sql(f"KILL {number}")
+                with pytest.raises(DBAPIError) as caught:
+                    await check_schema(connection)
+                assert is_lost(caught.value)
+        finally:
+            await database.close()
+
+    asyncio.run(work())
+
+
+def test_a_database_that_is_busy_is_not_called_empty(scratch: Path) -> None:
+    url = f"sqlite+aiosqlite:///{scratch}/busy.db"
+    migrate(url)
+
+    async def work() -> None:
+        database = Database(url)
+        try:
+            async with database.read.connect() as connection:
+                await connection.execute(text("PRAGMA journal_mode = DELETE"))
+                await connection.execute(text("PRAGMA busy_timeout = 0"))
+                with closing(sqlite3.connect(scratch / "busy.db")) as other:
+                    other.execute("BEGIN EXCLUSIVE")
+                    with pytest.raises(DBAPIError) as caught:
+                        await check_schema(connection)
+                assert is_busy(caught.value)
+        finally:
+            await database.close()
+
+    asyncio.run(work())

@@ -265,25 +265,58 @@ async def test_the_password_is_hashed_while_no_connection_is_held(
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "type_", "pointer", "says"),
     [
-        ({"address": "bob@cacert.test"}, "never changes"),
-        ({"host": "other"}, "does not move"),
-        ({"password": "x"}, "not changed here"),
-        ({"state": "deleted"}, "DELETE"),
-        ({"state": None}, "cannot be null"),
-        ({"display_name": None}, "cannot be null"),
-        ({"state": "dead"}, "active"),
-        ({"suspended_reason": "why"}, "suspended"),
-        ({"version": 5}, "not permitted"),
+        ({"address": "bob@cacert.test"}, "unchangeable", "/address", "never changes"),
+        ({"host": "other"}, "unchangeable", "/host", "does not move"),
+        ({"password": "swordfish"}, "unchangeable", "/password", "not changed here"),
+        ({"password_hash": "swordfish"}, "unchangeable", "/password_hash", "not changed here"),
+        ({"state": "deleted"}, "unchangeable", "/state", "DELETE"),
+        ({"display_name": "B", "password": None}, "unchangeable", "/password", "not changed here"),
+        ({"state": None}, "invalid-request", "/state", "cannot be null"),
+        ({"display_name": None}, "invalid-request", "/display_name", "cannot be null"),
+        ({"state": "dead"}, "invalid-request", "/state", "'active' or 'suspended'."),
+        ({"suspended_reason": "why"}, "bad-field", "/suspended_reason", "suspended"),
+        ({"version": 5}, "invalid-request", "/version", "There is no such field. This takes: display_name, contact_"),
+        ([], "invalid-request", "", "JSON object"),
     ],
 )
-async def test_what_patch_refuses_says_what_to_do(client: httpx.AsyncClient, body: dict[str, Any], says: str) -> None:
+async def test_what_patch_refuses_says_what_to_do(
+    client: httpx.AsyncClient, body: Any, type_: str, pointer: str, says: str
+) -> None:
     user = await create(client)
     answer = await client.patch(f"/v1/users/{user['id']}", json=body)
-    assert answer.status_code == 422
-    assert says in answer.json()["detail"]
+    problem = answer.json()
+    assert (answer.status_code, problem["type"]) == (422, f"/problems/{type_}")
+    [fault] = problem["errors"]
+    assert fault["pointer"] == pointer
+    assert says in fault["detail"]
+    assert says in problem["detail"]
+    assert "swordfish" not in answer.text
     assert (await client.get(f"/v1/users/{user['id']}")).json()["version"] == 1
+
+
+async def test_who_may_write_an_account_sees_it_whole_when_it_writes(make_client: Callable[..., Any]) -> None:
+    writer = await make_client(Permission.USERS_WRITE)
+    made = await create(writer, contact_address="a@example.net", external_id="7")
+    changed = await writer.patch(f"/v1/users/{made['id']}", json={"display_name": "Alice"})
+    for body in (made, changed.json()):
+        assert body.keys() == UserBody.model_fields.keys()
+        assert (body["contact_address"], body["external_id"]) == ("a@example.net", "7")
+    for path in (f"/v1/users/{made['id']}", f"/v1/users/alice@{PRIMARY}", "/v1/users"):
+        refused = await writer.get(path)
+        assert (refused.status_code, refused.json()["missing"]) == (403, "users:read")
+
+
+async def test_a_missing_account_is_named_as_it_was_asked_for(client: httpx.AsyncClient) -> None:
+    by_id, by_address = await client.get("/v1/users/17"), await client.get(f"/v1/users/bob@{PRIMARY}")
+    assert (by_id.status_code, by_id.json()["detail"]) == (404, "There is no account 17.")
+    assert "its id only" not in by_id.text
+    assert by_address.json()["detail"].startswith(
+        f"There is no account bob@{PRIMARY}. A deleted one is found by its id only"
+    )
+    changed = await client.patch("/v1/users/17", json={"display_name": "x"})
+    assert (changed.status_code, changed.json()["detail"]) == (404, "There is no account 17.")
 
 
 async def test_suspend_ends_access_and_resume_clears_the_reason(

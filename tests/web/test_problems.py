@@ -25,9 +25,10 @@ from app import errors
 from app.config import ApiSettings
 from app.db import Database
 from app.log import log
-from app.main import create_app
+from app.main import build_app, create_app
 from app.models.hosts import hosts
-from app.web.problems import BY_ERROR, CATALOGUE, error_response, pointer, problem_for, problem_page
+from app.routers.users import NewUserBody
+from app.web.problems import BY_ERROR, CATALOGUE, PATTERNS, error_response, pointer, problem_for, problem_page, words
 from tests.conftest import HOST, PRIMARY, Clock, anonymous
 from tests.stack.mariadb import MariaDB
 
@@ -194,6 +195,155 @@ async def test_what_the_framework_refuses_is_a_problem_too(
     await problem(answer, slug)
     if slug == "method-not-allowed":
         assert set(answer.headers["allow"].split(", ")) == {"POST"} or "GET" in answer.headers["allow"]
+
+
+FIELDS = ", ".join(NewUserBody.model_fields)
+HOST_NAME = "The name of a host takes 1 to 64 of a-z, 0-9, dot and hyphen; it starts and ends with a letter or digit."
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("test_database", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    ("members", "name", "says"),
+    [
+        ({"quota": "swordfish"}, "quota", f"There is no such field. This takes: {FIELDS}."),
+        ({"a/b.c": 1}, "a/b.c", f"There is no such field. This takes: {FIELDS}."),
+        ({"address": None}, "address", "This takes a string, in double quotes."),
+        ({"external_id": 4711}, "external_id", "This takes a string, in double quotes."),
+        ({"external_id": ""}, "external_id", "String should have at least 1 character."),
+        ({"display_name": "swordfish" * 30}, "display_name", "String should have at most 200 characters."),
+        (
+            {"display_name": "sword\nfish"},
+            "display_name",
+            "No control characters, line breaks or text direction marks here.",
+        ),
+        ({"quota_bytes": 5}, "quota_bytes", "Input should be greater than or equal to 1048576."),
+        (
+            {"quota_bytes": "swordfish"},
+            "quota_bytes",
+            "Input should be a valid integer, unable to parse string as an integer.",
+        ),
+        ({"reuse_address": "swordfish"}, "reuse_address", "This is true or false."),
+        ({"reuse_address": None}, "reuse_address", "This is true or false."),
+        ({"reuse_address": []}, "reuse_address", "This is true or false."),
+        ({"host": "Swordfish"}, "host", HOST_NAME),
+        ({"password": "swordfish" * 30}, "password", "This takes at most 256 characters."),
+        ({"password": ["swordfish"]}, "password", "This takes a string, in double quotes."),
+        ({"password_hash": "swordfish" * 60}, "password_hash", "This takes at most 500 characters."),
+    ],
+)
+async def test_a_wrong_field_is_named_in_words(
+    client: httpx.AsyncClient, members: dict[str, Any], name: str, says: str
+) -> None:
+    answer = await client.post("/v1/users", json={"address": f"alice@{PRIMARY}", **members})
+    body = await problem(answer, "invalid-request")
+    assert body["errors"] == [{"pointer": f"/{name.replace('/', '~1')}", "detail": says}]
+    assert body["detail"] == f"{name}: {says}"
+    assert "swordfish" not in answer.text
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("test_database", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    ("method", "path", "options", "detail"),
+    [
+        ("POST", "/v1/users", {"json": {}}, "address: This is required."),
+        ("POST", "/v1/users", {}, "body: This is required."),
+        ("POST", "/v1/users", {"json": ["swordfish"]}, "body: This takes a JSON object, in braces."),
+        ("POST", "/v1/users", {"json": "swordfish"}, "body: This takes a JSON object, in braces."),
+        ("POST", "/v1/domains", {"json": {}}, "name: This is required."),
+        (
+            "POST",
+            "/v1/domains",
+            {"json": {"name": "example.org", "kind": "swordfish"}},
+            "kind: Input should be 'primary', 'virtual' or 'relay'.",
+        ),
+        ("POST", "/v1/hosts", {"json": {"name": "-"}}, f"name: {HOST_NAME}"),
+        (
+            "POST",
+            "/v1/domains",
+            {"json": {"names": "swordfish"}},
+            "name: This is required. names: There is no such field. This takes: name, kind.",
+        ),
+        ("GET", "/v1/hosts/Swordfish", {}, f"host: {HOST_NAME}"),
+        ("GET", "/v1/users?ready=swordfish", {}, "ready: This is true or false."),
+        ("GET", "/v1/users?limit=501", {}, "limit: Input should be less than or equal to 500."),
+    ],
+)
+async def test_what_is_wrong_is_said_in_words(
+    client: httpx.AsyncClient, method: str, path: str, options: dict[str, Any], detail: str
+) -> None:
+    answer = await client.request(method, path, **options)
+    body = await problem(answer, "invalid-request")
+    assert body["detail"] == detail
+    assert "swordfish" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ({"type": "extra_forbidden", "loc": ("body", "settings", "colour")}, "There is no such field."),
+        ({"type": "string_pattern_mismatch", "ctx": {"pattern": "^[0-9]$"}, "msg": "The pattern"}, "The pattern."),
+        (
+            {"type": "too_long", "ctx": {"field_type": "List", "max_length": 5}, "msg": "List should have 5 items"},
+            "List should have 5 items.",
+        ),
+        ({"type": "value_error", "msg": "Value error, What we said."}, "What we said."),
+    ],
+)
+def test_what_is_not_known_to_be_plainer_is_left(fault: dict[str, Any], says: str) -> None:
+    assert words(Request({"type": "http"}), {"loc": ("body", "x"), **fault}) == says
+
+
+def test_every_pattern_has_words() -> None:
+    found = set(re.findall(r'"pattern": ("(?:[^"\\]|\\.)*")', json.dumps(build_app().openapi())))
+    assert {json.loads(pattern) for pattern in found} == set(PATTERNS)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("test_database", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"{", "Expecting property name enclosed in double quotes at line 1, column 2."),
+        (b"{'address': 'swordfish'}", "Expecting property name enclosed in double quotes at line 1, column 2."),
+        (b'{\n "address": swordfish\n}', "Expecting value at line 2, column 13."),
+        (b'{\n "a": 1\n "swordfish": 2}', "Expecting ',' delimiter at line 3, column 2."),
+        (b'{"password": "swordfish', "Unterminated string starting at line 1, column 14."),
+        (b'{"password": "swordfish\n"}', "Invalid control character at line 1, column 24."),
+        (b'{"password": "\\swordfish"}', "Invalid \\escape at line 1, column 15."),
+        (b'{"password": "x"} swordfish', "Extra data at line 1, column 19."),
+    ],
+)
+async def test_where_the_json_ends_is_said(client: httpx.AsyncClient, content: bytes, says: str) -> None:
+    answer = await client.post("/v1/users", content=content, headers={"content-type": "application/json"})
+    body = await problem(answer, "bad-request")
+    assert body["detail"] == f"The body is not valid JSON: {says}"
+    assert "swordfish" not in answer.text
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("method", "path", "known"),
+    [
+        ("GET", "/v1/users/", True),
+        ("DELETE", "/v1/users/", True),
+        ("GET", f"/v1/users/alice@{PRIMARY}/", True),
+        ("POST", "/v1/users/1/restore/", True),
+        ("GET", "/docs/", True),
+        ("GET", "/livez/", True),
+        ("GET", "/v1/users//", False),
+        ("GET", "/v1/nowhere/", False),
+        ("GET", "/v1/nowhere", False),
+        ("GET", "/v1/userss", False),
+        ("GET", "/", False),
+        ("GET", "/docs/static/", False),
+        ("GET", "/docs/static/nothing/", False),
+    ],
+)
+async def test_a_slash_too_many_is_named(visitor: httpx.AsyncClient, method: str, path: str, known: bool) -> None:
+    body = await problem(await visitor.request(method, path), "no-such-page")
+    assert (body["detail"] == "Leave out the slash at the end.") == known
 
 
 @pytest.mark.asyncio
