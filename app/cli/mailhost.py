@@ -1,4 +1,4 @@
-"""`cacert-mail mailhost`: the configuration of this host's programs, by hand. Root's work: see `app/workers/host/mailhost.py`."""
+"""`cacert-mail mailhost`: the configuration of this host's programs, by hand. For root: see `app/workers/host/mailhost.py`."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

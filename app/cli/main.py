@@ -26,6 +26,8 @@ db = typer.Typer(help="The database schema.", no_args_is_help=True)
 cli.add_typer(db, name="db")
 cli.add_typer(keys, name="keys")
 cli.add_typer(principal, name="principal")
+take_over = typer.Typer(help="Take over what an old host has, through the API.", no_args_is_help=True)
+cli.add_typer(take_over, name="import")
 mail_host = typer.Typer(help="The configuration of Postfix, Dovecot and rspamd on this host.", no_args_is_help=True)
 cli.add_typer(mail_host, name="mailhost")
 
@@ -359,6 +361,53 @@ def install_mailhost() -> None:
     from app.cli.mailhost import install
 
     install()
+
+
+@take_over.command("users")
+def import_users(
+    file: Annotated[
+        Path, typer.Argument(help="A table with a line of column names, by tabs (`mariadb --batch`) or commas.")
+    ],
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Do it. Without: only say, line by line, what would be done.")
+    ] = False,
+) -> None:
+    """Make accounts of an old table. Homes that stand keep their place, uid and gid. Run it as root on the mail host."""
+    from app.cli.imports import import_users as work
+
+    _report(work, file, apply)
+
+
+@take_over.command("aliases")
+def import_aliases(
+    file: Annotated[Path, typer.Argument(help="A hand-made alias file, such as /etc/aliases.")],
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Do it. Without: only say, line by line, what would be done.")
+    ] = False,
+) -> None:
+    """Make aliases of a hand-made file, and take them out of it. Pipes, files and included lists stay. Run it as root."""
+    from app.cli.imports import import_aliases as work
+
+    _report(work, file, apply)
+
+
+def _report(work: Callable[..., Any], file: Path, apply: bool) -> None:
+    import httpx
+
+    from app.errors import CacertMailError
+    from app.workers.host.fs import HostError
+
+    try:
+        tally = work(file, apply=apply)
+    except CacertMailError as error:
+        raise stop(error.detail) from None
+    except (HostError, OSError, UnicodeError, httpx.HTTPError) as error:
+        raise stop(str(error)) from None
+    did = "made" if apply else "would be made"
+    typer.echo(f"{tally.done} {did}, {tally.there} are there already, {tally.refused} refused.")
+    if not apply:
+        typer.echo("Nothing was changed: this was a dry run. --apply does it.")
+    raise typer.Exit(1 if tally.refused else 0)
 
 
 @principal.command("create")

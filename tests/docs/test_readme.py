@@ -7,12 +7,18 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from app.config import ApiSettings, ServiceSettings, Settings, WorkerSettings
+from app.config import ApiSettings, ImportSettings, PolicySettings, ServiceSettings, Settings, WorkerSettings
 from app.main import build_app
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PROCESSES = {"api": ApiSettings, "worker": WorkerSettings, "service": ServiceSettings}
+PROCESSES = {
+    "api": ApiSettings,
+    "worker": WorkerSettings,
+    "service": ServiceSettings,
+    "policy": PolicySettings,
+    "import": ImportSettings,
+}
 
 
 def expected() -> dict[str, tuple[str, set[str]]]:
@@ -20,8 +26,9 @@ def expected() -> dict[str, tuple[str, set[str]]]:
     found: dict[str, tuple[str, set[str]]] = {}
     for process, settings in PROCESSES.items():
         for name, field in settings.model_fields.items():
-            default = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
-            text = "" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+            default = field.get_default()
+            default = default.get_secret_value() if isinstance(default, SecretStr) else default
+            text = "" if default is None or field.is_required() else str(default).lower() if isinstance(default, bool) else str(default)
             of = {"all"} if name in Settings.model_fields else {process}
             found[name.upper()] = (text, found.get(name.upper(), ("", set()))[1] | of)
     return found

@@ -81,6 +81,7 @@ def site(sqlite_template: Path, key_directory: Path) -> Iterator[Site]:
             MAIL_HOST=HOST,
             HOST_ROOT=str(processes.directory / "host"),
             LOCK_FILE=str(processes.directory / "worker.lock"),
+            ADOPTED_HOMES=str(processes.directory / "etc/adopted-homes"),
             WAKE_DIRECTORY=str(processes.directory),
         )
         processes.wait_for(process, port, processes.directory / "python.out")
