@@ -112,7 +112,10 @@ def _mariadb(url: URL, ca_file: Path | None, pool_size: int, **options: Any) -> 
     }
     if ca_file is not None:
         # asyncmy verifies the server only when it is given a CA.
-        connect["ssl"] = ssl.create_default_context(cafile=str(ca_file))
+        try:
+            connect["ssl"] = ssl.create_default_context(cafile=str(ca_file))
+        except OSError as error:  # it names no file
+            raise OSError(f"DATABASE_CA_FILE: {ca_file}: {error.strerror}") from None
     return create_async_engine(
         url,
         pool_size=pool_size,
@@ -202,3 +205,8 @@ def is_lost(error: BaseException) -> bool:
         lost = _mariadb_errno(error) in _LOST or _sqlite_name(error) == "SQLITE_CANTOPEN"
         return lost or error.connection_invalidated
     return isinstance(error, OSError | TimeoutError)
+
+
+def reason_of(error: BaseException) -> str:
+    """What the database or its driver said, for a log: why a connection is refused is worth reading."""
+    return str(getattr(error, "orig", None) or error)[:300]

@@ -1,9 +1,13 @@
 """Engines: what is left of a transaction, and what survives a server that went away."""
 
 import asyncio
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
 
 import pytest
+import uvloop
 from sqlalchemy import insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -11,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from app.db import Database, is_lost
 from app.models.domains import domains
 from tests.conftest import TestDatabase
+from tests.stack.certificates import make_certificates
 from tests.stack.mariadb import MariaDB
 
 pytestmark = pytest.mark.asyncio
@@ -99,3 +104,65 @@ async def test_times_keep_their_microseconds_and_their_zone(test_database: TestD
     assert found == at
     assert found.tzinfo is UTC
     await database.close()
+
+
+# TLS
+
+
+async def ciphers(url: str, ca_file: Path | None) -> list[str]:
+    """What each engine's connection is encrypted with, or why there is none."""
+    database = Database(url, ca_file=ca_file)
+    found: list[str] = []
+    for engine in (database.read, database.write):
+        try:
+            async with engine.connect() as connection:
+                found.append((await connection.execute(text("SHOW STATUS LIKE 'Ssl_cipher'"))).one()[1])
+        except DBAPIError as error:
+            found.append(f"{'lost' if is_lost(error) else 'refused'}: {error.orig}")
+    await database.close()
+    return found
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])  # the API's loop is uvloop's
+async def test_with_a_ca_the_connection_is_encrypted(mariadb: MariaDB, run: Callable[[Any], list[str]]) -> None:
+    found = await asyncio.to_thread(run, ciphers(mariadb.url("api"), mariadb.ca_file))
+    assert [cipher[:4] for cipher in found] == ["TLS_", "TLS_"]
+    assert await ciphers(mariadb.url("api"), None) == ["", ""]
+
+
+async def test_a_server_of_another_ca_is_refused(mariadb: MariaDB, scratch: Path) -> None:
+    make_certificates(scratch, names=["another.test"])
+    for said in await ciphers(mariadb.url("api"), scratch / "ca.pem"):
+        assert said.startswith(
+            "lost: (2003, \"Can't connect to MySQL server on '127.0.0.1' ([SSL: CERTIFICATE_VERIFY_FAILED]"
+        )
+
+
+async def test_a_server_with_another_name_is_refused(mariadb: MariaDB) -> None:
+    for said in await ciphers(mariadb.url("api").replace("@127.0.0.1:", "@localhost:"), mariadb.ca_file):
+        assert said.startswith(
+            "lost: (2003, \"Can't connect to MySQL server on 'localhost' ([SSL: CERTIFICATE_VERIFY_FAILED]"
+        )
+        assert "certificate is not valid for 'localhost'" in said
+
+
+@pytest.fixture
+def tls_only(mariadb: MariaDB) -> Iterator[str]:
+    """The URL of a user who has to come over TLS."""
+    mariadb.sql("CREATE USER tls_only@'%' IDENTIFIED BY 'secret' REQUIRE SSL; GRANT SHOW VIEW ON *.* TO tls_only@'%'")
+    yield f"mysql+asyncmy://tls_only:secret@127.0.0.1:{mariadb.port}/cacertusers"
+    mariadb.sql("DROP USER tls_only@'%'")
+
+
+async def test_who_has_to_come_over_tls_is_refused_without(mariadb: MariaDB, tls_only: str) -> None:
+    for said in await ciphers(tls_only, None):
+        assert said.startswith("refused: (1045, \"Access denied for user 'tls_only'@'127.0.0.1'")
+    assert [cipher[:4] for cipher in await ciphers(tls_only, mariadb.ca_file)] == ["TLS_", "TLS_"]
+
+
+async def test_a_ca_file_that_cannot_be_used_is_named(scratch: Path) -> None:
+    missing, empty = scratch / "missing.pem", scratch / "empty.pem"
+    empty.touch()
+    for file in (missing, empty):
+        with pytest.raises(OSError, match=f"^DATABASE_CA_FILE: {file}: .*(No such file|no certificate)"):
+            Database("mysql+asyncmy://api:secret@127.0.0.1/cacertusers", ca_file=file)

@@ -1,6 +1,6 @@
 """Many processes on one queue: every job is claimed once, and no lane by two at a time.
 
-So that this means something, the same hunt with a claim that reads and then writes has to fail."""
+So that this means something, the same hunt with a careless claim, which reads and then writes, has to catch it."""
 
 import json
 import subprocess
@@ -83,22 +83,25 @@ async def ended(database: Database) -> tuple[Counter[tuple[str, int, int]], int]
         return Counter(tuple(row) for row in rows), once.scalar_one()
 
 
-async def test_every_job_is_claimed_once(test_database: TestDatabase, database: Database) -> None:
+@pytest.mark.parametrize("how", ["careful", "careless"])
+async def test_every_job_is_claimed_once(test_database: TestDatabase, database: Database, how: str) -> None:
     await add(database, 5000, lanes=5000)
-    found = hunt(test_database, "careful")
-    assert (len(found.claims), found.twice, found.lost) == (5000, 0, 0)
-    assert {fence for _, fence in found.claims} == {1}
-    assert await ended(database) == (Counter({("done", 1, 1): 5000}), 5000)
+    found = hunt(test_database, how)
+    assert len(found.claims) - found.twice == 5000
+    if how == "careless":
+        assert found.twice > 0
+    else:
+        assert (found.twice, found.lost) == (0, 0)
+        assert {fence for _, fence in found.claims} == {1}
+        assert await ended(database) == (Counter({("done", 1, 1): 5000}), 5000)
 
 
-async def test_no_lane_is_entered_twice(test_database: TestDatabase, database: Database) -> None:
+@pytest.mark.parametrize("how", ["careful", "careless"])
+async def test_no_lane_is_entered_twice(test_database: TestDatabase, database: Database, how: str) -> None:
     await add(database, 300, lanes=15)
-    found = hunt(test_database, "careful")
-    assert (len(found.claims), found.twice, found.overlaps, found.lost) == (300, 0, 0, 0)
-
-
-async def test_a_careless_claim_is_caught(test_database: TestDatabase, database: Database) -> None:
-    await add(database, 300, lanes=15)
-    found = hunt(test_database, "careless")
-    assert found.twice > 0
-    assert found.overlaps > 0
+    found = hunt(test_database, how)
+    assert len(found.claims) - found.twice == 300
+    if how == "careless":
+        assert found.overlaps > 0
+    else:
+        assert (found.twice, found.overlaps, found.lost) == (0, 0, 0)

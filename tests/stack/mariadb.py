@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from app.mailconfig.hosts import DATABASE
+from tests.stack.certificates import make_certificates
 from tests.stack.processes import Processes, free_ports, run
 
 GRANTS = Path(__file__).parents[2] / "deploy/mariadb/grants.sql"
 OWNER = "owner"
 """Owns the schema: migrations run as this user."""
-USERS = ("api", "worker", "service", "postfix", "dovecot")
+USERS = ("api", "worker", "service", "policy", "postfix", "dovecot")
 
 _SMALL = ("--innodb-log-file-size=4M", "--innodb-buffer-pool-size=16M", "--skip-name-resolve")
 _FORGETFUL = (
@@ -36,6 +37,10 @@ class MariaDB:
             (self.directory / name).mkdir()
             shutil.chown(self.directory / name, "mysql")
         self.socket = self.directory / "run/mariadb.sock"
+        make_certificates(self.directory, names=["database.cacert.test"])
+        shutil.chown(self.directory / "key.pem", "mysql")
+        self.ca_file = self.directory / "ca.pem"
+        """For TLS, which a client may use or not. The certificate is for 127.0.0.1, not for localhost."""
         (self.port,) = free_ports(1)
         # What Postfix and Dovecot have to read from a file has everything in it that a password may contain.
         hard = "!&()*+,./:;<=>?@[]^_{|}~-"
@@ -113,9 +118,10 @@ class MariaDB:
 
     def _run(self) -> None:
         listen = ["--bind-address=127.0.0.1", f"--port={self.port}", f"--socket={self.socket}"]
+        tls = [f"--ssl-cert={self.directory}/cert.pem", f"--ssl-key={self.directory}/key.pem"]
         other = [f"--pid-file={self.directory}/run/pid", "--skip-log-bin", "--performance-schema=OFF"]
         self._server: subprocess.Popen[bytes] = self._processes.start(
-            ["/usr/sbin/mariadbd", *self._options, *listen, *other]
+            ["/usr/sbin/mariadbd", *self._options, *listen, *tls, *other]
         )
         self._processes.wait_for(self._server, self.socket, self.directory / "mariadbd.out")
         self.sql("DO 1")  # it listens before it serves, and a SIGTERM in between is lost

@@ -1,22 +1,24 @@
 """The service process: what it does when its time has come, under its own database user, and not before."""
 
 import asyncio
+import logging
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+import structlog
 from pydantic import SecretStr
 from sqlalchemy import func, insert, select, update
 
 from app.config import ServiceSettings
-from app.db import Database
+from app.db import Database, utc_now
 from app.errors import UserPurged
 from app.models.audit_events import audit_events
 from app.models.idempotency_keys import idempotency_keys
@@ -24,8 +26,9 @@ from app.models.jobs import JobState, jobs
 from app.models.users import users
 from app.services import users as services
 from app.workers.service import loop
-from app.workers.service.loop import run_due
+from app.workers.service.loop import run_due, run_service
 from tests.conftest import HOST, Clock, TestDatabase
+from tests.stack.mariadb import MariaDB
 from tests.stack.processes import wait_until
 from tests.workers.host.machine import RETENTION, Machine
 
@@ -249,7 +252,7 @@ async def test_the_process_starts_purges_and_stops(side: Machine, settings: Serv
                 await asyncio.sleep(0.01)
             assert (scratch / "-.wake").exists()
             process.send_signal(signal.SIGTERM)
-            assert await asyncio.to_thread(process.wait, 2) == 0
+            assert await asyncio.to_thread(process.wait, 10) == 0
             assert process.stderr is not None
             said = process.stderr.read()
         finally:
@@ -257,3 +260,41 @@ async def test_the_process_starts_purges_and_stops(side: Machine, settings: Serv
     assert '"event": "user_purged"' in said
     assert '"event": "service_stopped"' in said
     assert wait_until(lambda: not (scratch / "-.wake").exists())
+
+
+@pytest.mark.parametrize("test_database", ["mariadb"], indirect=True)
+async def test_an_outage_of_the_database_is_logged_once_and_so_is_its_end(
+    mariadb: MariaDB, settings: ServiceSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = structlog.testing.LogCapture()
+    level = structlog.make_filtering_bound_logger(logging.INFO)
+    monkeypatch.setattr(loop, "log", structlog.wrap_logger(None, processors=[said], wrapper_class=level))
+    rounds: asyncio.Queue[datetime] = asyncio.Queue()
+
+    def clock() -> datetime:
+        """Is asked once a round."""
+        rounds.put_nowait(utc_now())
+        return utc_now()
+
+    async def some_rounds() -> None:
+        while not rounds.empty():
+            rounds.get_nowait()
+        for _ in range(4):
+            await rounds.get()
+
+    service = asyncio.create_task(run_service(settings.model_copy(update={"poll_seconds": 0.02}), clock=clock))
+    try:
+        async with asyncio.timeout(60):
+            await some_rounds()
+            for _ in range(2):
+                mariadb.stop()
+                await some_rounds()
+                mariadb.restart()
+                await some_rounds()
+    finally:
+        service.cancel()
+        await asyncio.wait([service])
+        mariadb.restart()
+    away = {"event": "database_away", "kind": "OperationalError", "log_level": "warning"}
+    back = {"event": "database_back", "log_level": "warning"}
+    assert [entry for entry in said.entries if entry["log_level"] != "info"] == [away, back, away, back]
