@@ -138,6 +138,10 @@ class OutsideAddress(_Parsed):
             raise BadAddress("An address has the form name@domain, in plain ASCII, at most 254 characters.")
         return f"{local}@{DomainName.parse(domain)}"
 
+    @property
+    def domain(self) -> DomainName:
+        return DomainName(self.rpartition("@")[2])
+
 
 RESERVED_LOCAL_PARTS = frozenset(
     # RFC 2142
@@ -153,3 +157,6 @@ RESERVED_LOCAL_PARTS = frozenset(
     "amavis spamd debian-spamd".split()
 )
 """Names that cannot be accounts; an alias may have them."""
+
+NEVER_ALIASES = frozenset({"mailer-daemon", "returns"})
+"""Names that cannot be aliases either: bounces to `returns` are for the service to read, and nobody writes to the other."""

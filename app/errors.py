@@ -7,12 +7,18 @@
     │   ├── BadAddress          an address, local part, domain or selector
     │   ├── BadPassword         a password or a ready-made hash
     │   ├── BadField            any other field, named
+    │   ├── NoDestination       an alias would lead to, or be sent from by, nobody; `chain` shows the way
+    │   ├── OutsideRefused      an alias would lead to another's mail server, and SRS is off
     │   └── Unchangeable        a field that never changes; says what to do instead
     ├── NotFound                nothing by that name or id
     ├── Conflict                right in itself, but not in the present state
     │   ├── AddressReserved     kept for the mail system (RFC 2142, system users)
     │   ├── AddressRetired      belongs to a deleted account
     │   ├── UserExists          the address, or the external_id, has an account
+    │   ├── AliasExists         the address is an alias
+    │   ├── AliasDeleted        a deleted alias cannot be changed
+    │   ├── AliasLoops          mail would go in a circle; `chain` shows it
+    │   ├── AliasTooDeep        mail would pass through too many aliases; `chain` shows them
     │   ├── UserNotDeleted      only a deleted account can be restored or purged
     │   ├── UserDeleted         a deleted account cannot be changed
     │   ├── UserPurged          nothing is left to restore
@@ -58,6 +64,12 @@ class BadPassword(Refused): ...
 class BadField(Refused): ...
 
 
+class NoDestination(Refused): ...
+
+
+class OutsideRefused(Refused): ...
+
+
 class Unchangeable(Refused): ...
 
 
@@ -74,6 +86,18 @@ class AddressRetired(Conflict): ...
 
 
 class UserExists(Conflict): ...
+
+
+class AliasExists(Conflict): ...
+
+
+class AliasDeleted(Conflict): ...
+
+
+class AliasLoops(Conflict): ...
+
+
+class AliasTooDeep(Conflict): ...
 
 
 class UserNotDeleted(Conflict): ...

@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from app.config import ApiSettings
 from app.credentials.tokens import load_keys, load_request_key
 from app.db import Clock, Database, utc_now
-from app.routers import addresses, domains, health, hosts, jobs, me, problems, tokens, users
+from app.routers import addresses, aliases, domains, health, hosts, jobs, me, problems, senders, tokens, users
 from app.web import docs
 from app.web.authentication import Authenticator
 from app.web.dependencies import Service
@@ -27,7 +27,8 @@ answer comes when it is. Errors are problems (RFC 9457) whose `type` is [a page]
 
 _TAGS = [
     {"name": "Users", "description": "Accounts with a mailbox."},
-    {"name": "Addresses", "description": "Free, or why not."},
+    {"name": "Aliases", "description": "Addresses that lead elsewhere, and who may send as them."},
+    {"name": "Addresses", "description": "Free, or why not; where mail goes."},
     {"name": "Jobs", "description": "What the hosts were asked to look at."},
     {"name": "Domains", "description": "One primary, any number of virtual and relay ones."},
     {"name": "Hosts", "description": "Where mailboxes lie."},
@@ -114,7 +115,7 @@ def build_app(**options: Any) -> FastAPI:
         **options,
     )
     install(app)
-    for module in (users, addresses, jobs, domains, hosts, me, tokens, health, problems):
+    for module in (users, aliases, senders, addresses, jobs, domains, hosts, me, tokens, health, problems):
         app.include_router(module.router)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
     docs.install(app)

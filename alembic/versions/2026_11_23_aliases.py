@@ -95,3 +95,17 @@ def upgrade() -> None:
     op.execute(
         "CREATE VIEW policy_logins AS SELECT u.address AS login, u.host, u.send_limit FROM users u JOIN applied a ON a.host = u.host AND a.kind = 'mailbox.sync' AND a.subject_id = u.id AND a.stands = 1 WHERE u.state = 'active'"
     )
+    # An adopted home keeps a gid of its own.
+    sqlite = op.get_bind().dialect.name == "sqlite"
+    if sqlite:
+        uid = "json_extract(a.result, '$.uid')"
+        gid = "COALESCE(json_extract(a.result, '$.gid'), json_extract(a.result, '$.uid'))"
+        home = "json_extract(a.result, '$.home')"
+    else:
+        uid = "CAST(JSON_VALUE(a.result, '$.uid') AS UNSIGNED)"
+        gid = "CAST(COALESCE(JSON_VALUE(a.result, '$.gid'), JSON_VALUE(a.result, '$.uid')) AS UNSIGNED)"
+        home = "JSON_VALUE(a.result, '$.home')"
+    op.execute("DROP VIEW dovecot_users")
+    op.execute(
+        f"CREATE VIEW dovecot_users AS SELECT u.address, u.host, {uid} AS uid, {gid} AS gid, {home} AS home, u.quota_bytes FROM users u JOIN applied a ON a.host = u.host AND a.kind = 'mailbox.sync' AND a.subject_id = u.id AND a.stands = 1 WHERE u.state IN ('active', 'suspended')"
+    )

@@ -20,10 +20,15 @@ class View:
 
     def select(self, dialect: str) -> str:
         if dialect == "sqlite":
-            result = {"uid": "json_extract(a.result, '$.uid')", "home": "json_extract(a.result, '$.home')"}
+            result = {
+                "uid": "json_extract(a.result, '$.uid')",
+                "gid": "COALESCE(json_extract(a.result, '$.gid'), json_extract(a.result, '$.uid'))",
+                "home": "json_extract(a.result, '$.home')",
+            }
         else:
             result = {
                 "uid": "CAST(JSON_VALUE(a.result, '$.uid') AS UNSIGNED)",
+                "gid": "CAST(COALESCE(JSON_VALUE(a.result, '$.gid'), JSON_VALUE(a.result, '$.uid')) AS UNSIGNED)",
                 "home": "JSON_VALUE(a.result, '$.home')",
             }
         return self.query.format_map(result)
@@ -74,7 +79,7 @@ VIEWS = (
     ),
     View(
         "dovecot_users",
-        "SELECT u.address, u.host, {uid} AS uid, {uid} AS gid, {home} AS home, u.quota_bytes"
+        "SELECT u.address, u.host, {uid} AS uid, {gid} AS gid, {home} AS home, u.quota_bytes"
         f" FROM users u {_STANDS} WHERE u.state IN ('active', 'suspended')",
     ),
     View(

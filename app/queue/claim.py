@@ -9,12 +9,26 @@ is discarded.
 """
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import CursorResult, Executable, and_, delete, insert, literal, select, tuple_, update
+from sqlalchemy import (
+    CursorResult,
+    Executable,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal,
+    literal_column,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -28,6 +42,11 @@ MAX_ATTEMPTS = 12
 """Enough to reach `MAX_BACKOFF`: about ten minutes. What takes longer to pass is for the sweep."""
 MAX_BACKOFF = timedelta(minutes=5)
 CANDIDATES = 100
+
+BATCH_MOST = 20_000
+"""Waiting jobs that one run ends at most; the next run ends the rest."""
+BATCH_STEP = 500
+"""Subjects that are written in one transaction, so that none holds its locks for long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +73,29 @@ class Outcome:
     stands: bool
     proofs: dict[str, Any]
     result: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A ready job that one run may end together with the claimed one."""
+
+    id: int
+    subject_id: int
+    version: int
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """What one run made true of one subject, and the waiting jobs that end by it."""
+
+    subject_id: int
+    outcome: Outcome | None
+    """None: `applied` stays as it is."""
+    jobs: Sequence[Waiting] = ()
+    error: str | None = None
+    """Why it was not made true. Its jobs are tried again, or are dead if it is `final`."""
+    final: bool = False
 
 
 _CANDIDATE = [jobs.c[field.name] for field in fields(Claim)]
@@ -171,6 +213,89 @@ async def finish(database: Database, claim: Claim, outcome: Outcome, now: dateti
         )
 
 
+async def waiting(database: Database, host: str, kind: str) -> list[Waiting]:
+    """The ready jobs of a kind, due or not: a job that waits to be tried again is done too when its subject is.
+
+    Whoever reads the rows after this may end exactly these jobs: what they asked for was committed before.
+    """
+    query = (
+        select(*(jobs.c[field.name] for field in fields(Waiting)))
+        .where(jobs.c.host == host, jobs.c.state == JobState.READY, jobs.c.kind == kind)
+        .order_by(jobs.c.id)
+        .limit(BATCH_MOST)
+    )
+    async with database.read.connect() as connection:
+        return [Waiting(**row._mapping) for row in await connection.execute(query)]
+
+
+async def finish_batch(
+    database: Database, claim: Claim, ends: Sequence[End], now: datetime, *, jitter: random.Random
+) -> JobState:
+    """For lanes that many subjects share: ends the claimed job and all waiting ones that one run did for.
+
+    `ends` has the claimed job's subject. A waiting job becomes `done`, or `superseded` when a newer version was made
+    true than it asked for. Returns the claimed job's state; raises LeaseLost.
+
+    A batch of up to `BATCH_STEP` subjects is one transaction. A larger one is several, each with `applied` and jobs of
+    its subjects, and the claimed job in the last. Cut off between two, the rest of the jobs is ready still and the
+    claimed one is taken back, so that the next run does for them.
+    """
+    (own,) = (end for end in ends if end.subject_id == claim.subject_id)
+    ordered = [*(end for end in ends if end is not own), own]
+    state = JobState.DONE if own.error is None else _failed_state(own, claim.attempts)
+    for start in range(0, len(ordered), BATCH_STEP):
+        step = ordered[start : start + BATCH_STEP]
+        async with database.write.begin() as connection:
+            if step[-1] is not own:
+                # The fence, as in every transaction that writes for this claim.
+                if await _changed(connection, update(jobs).where(_ours(claim)).values(lease_until=now + LEASE)) != 1:
+                    raise LeaseLost
+            elif state is JobState.READY:
+                await _again(connection, claim, own.error or "", now, jitter)
+            else:
+                await _end(connection, claim, state, own.error, now)
+            outcomes = {end.subject_id: end.outcome for end in step if end.outcome is not None}
+            await _record_all(connection, claim.host, claim.kind, outcomes, now)
+            await _end_waiting(connection, step, now, jitter)
+    return state
+
+
+def _failed_state(end: End, attempts: int) -> JobState:
+    return JobState.DEAD if end.final or attempts >= MAX_ATTEMPTS else JobState.READY
+
+
+async def _end_waiting(connection: AsyncConnection, ends: Iterable[End], now: datetime, jitter: random.Random) -> None:
+    """The jobs are ready and not claimed; one that somebody ended meanwhile stays as it is."""
+    ended: dict[JobState, list[int]] = {JobState.DONE: [], JobState.SUPERSEDED: []}
+    failed: list[dict[str, Any]] = []
+    for end in ends:
+        for job in end.jobs:
+            if end.error is None:
+                newer = end.outcome is not None and job.version < end.outcome.version
+                ended[JobState.SUPERSEDED if newer else JobState.DONE].append(job.id)
+                continue
+            attempts = job.attempts + 1
+            state = _failed_state(end, attempts)
+            again = state is JobState.READY
+            failed.append(
+                {
+                    "job_id": job.id,
+                    "state": state,
+                    "attempts": attempts,
+                    "error": _short(end.error),
+                    "run_at": now + backoff(attempts, jitter) if again else now,
+                    "finished_at": None if again else now,
+                }
+            )
+    for state, ids in ended.items():
+        if ids:
+            ready = and_(jobs.c.id.in_(ids), jobs.c.state == JobState.READY)
+            await connection.execute(update(jobs).where(ready).values(state=state, error=None, finished_at=now))
+    if failed:
+        ready = and_(jobs.c.id == bindparam("job_id"), jobs.c.state == JobState.READY)
+        await connection.execute(update(jobs).where(ready), failed)
+
+
 async def give_up(database: Database, claim: Claim, error: str, now: datetime) -> None:
     """Dead: this cannot pass by waiting. A newer version, or a retry over HTTP, is a new job."""
     async with database.write.begin() as connection:
@@ -182,6 +307,12 @@ async def retry(database: Database, claim: Claim, error: str, now: datetime, *, 
     if claim.attempts >= MAX_ATTEMPTS:
         await give_up(database, claim, f"{error} (gave up after {claim.attempts} attempts)", now)
         return JobState.DEAD
+    async with database.read.connect() as connection:
+        await _again(connection, claim, error, now, jitter)
+    return JobState.READY
+
+
+async def _again(connection: AsyncConnection, claim: Claim, error: str, now: datetime, jitter: random.Random) -> None:
     again = (
         update(jobs)
         .where(_ours(claim))
@@ -193,10 +324,8 @@ async def retry(database: Database, claim: Claim, error: str, now: datetime, *, 
             error=_short(error),
         )
     )
-    async with database.read.connect() as connection:
-        if await _changed(connection, again) != 1:
-            raise LeaseLost
-    return JobState.READY
+    if await _changed(connection, again) != 1:
+        raise LeaseLost
 
 
 def backoff(attempts: int, jitter: random.Random) -> timedelta:
@@ -251,6 +380,59 @@ async def record(
             ).where(~select(applied.c.version).where(this).exists()),
         )
     )
+
+
+async def record_all(database: Database, host: str, kind: str, outcomes: Mapping[int, Outcome], now: datetime) -> None:
+    """`record` for many subjects, `BATCH_STEP` in a transaction."""
+    subjects = sorted(outcomes)
+    for start in range(0, len(subjects), BATCH_STEP):
+        step = {subject_id: outcomes[subject_id] for subject_id in subjects[start : start + BATCH_STEP]}
+        async with database.write.begin() as connection:
+            await _record_all(connection, host, kind, step, now)
+
+
+async def _record_all(
+    connection: AsyncConnection, host: str, kind: str, outcomes: Mapping[int, Outcome], now: datetime
+) -> None:
+    """One statement for all, in each database's own words: two for each row took seconds for ten thousand."""
+    if not outcomes:
+        return
+    rows = [
+        {
+            "host": host,
+            "kind": kind,
+            "subject_id": subject_id,
+            "version": outcome.version,
+            "stands": outcome.stands,
+            "revision": 1,
+            "proofs": outcome.proofs,
+            "result": outcome.result,
+            "applied_at": now,
+        }
+        for subject_id, outcome in sorted(outcomes.items())
+    ]
+    written = ("stands", "proofs", "result", "applied_at")
+    statement: Any
+    if connection.dialect.name == "sqlite":
+        statement = sqlite.insert(applied)
+        new = statement.excluded
+        values: dict[str, Any] = {name: new[name] for name in (*written, "version")}
+        statement = statement.on_conflict_do_update(
+            index_elements=["host", "kind", "subject_id"],
+            set_=values | {"revision": applied.c.revision + 1},
+            where=applied.c.version <= new.version,
+        )
+    else:
+        statement = mysql.insert(applied)
+        new = statement.inserted
+        not_older = new.version >= applied.c.version
+        changes = [(name, func.if_(not_older, new[name], applied.c[name])) for name in written]
+        changes.append(("revision", func.if_(not_older, applied.c.revision + literal_column("1"), applied.c.revision)))
+        # Last: MariaDB assigns in this order, and what comes later sees what was assigned. No bound value may stand here:
+        # the driver joins many rows into one statement and knows those of VALUES alone.
+        changes.append(("version", func.greatest(new.version, applied.c.version)))
+        statement = statement.on_duplicate_key_update(changes)
+    await connection.execute(statement, rows)
 
 
 async def take_back(database: Database, host: str, now: datetime, *, all_running: bool = False) -> int:

@@ -8,9 +8,26 @@ from enum import StrEnum
 MAILBOX_SYNC = "mailbox.sync"
 """Make the mailbox of user `subject_id` what its row says: in place, archived, restored or purged; end sessions."""
 
+ALIASES_SYNC = "aliases.sync"
+"""Make what this host's Postfix answers for aliases what their rows say. `subject_id` is the alias that asked; one run does
+for all that wait."""
+
+MAILHOST_SYNC = "mailhost.sync"
+"""Make the configuration of this host's programs what `hosts.settings` says. `subject_id` is always `THE_HOST`."""
+
 
 class JobKind(StrEnum):
     MAILBOX_SYNC = MAILBOX_SYNC
+    ALIASES_SYNC = ALIASES_SYNC
+    MAILHOST_SYNC = MAILHOST_SYNC
+
+
+ALIASES_LANE = "aliases"
+MAILHOST_LANE = "mailhost"
+"""Addresses all have an @, so neither is a mailbox's."""
+
+THE_HOST = 1
+"""What a job and its `applied` name when they are about the host itself: a number, like every subject."""
 
 
 def mailbox_lane(address: str) -> str:

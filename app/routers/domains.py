@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from app.addresses import DomainName
@@ -36,13 +36,17 @@ class DomainBody(BaseModel):
     id: int
     name: str
     kind: DomainKind
+    ready: bool = Field(description="It has what every domain with mail must have.")
+    missing: list[str] = Field(description="What it lacks: `postmaster` and `abuse` must be somebody's (RFC 2142).")
     version: int
     created_at: datetime
     updated_at: datetime
 
     @staticmethod
-    def of(row: Any) -> "DomainBody":
+    def of(row: Any, missing: list[str]) -> "DomainBody":
         return DomainBody.model_construct(
+            ready=not missing,
+            missing=missing,
             id=row.id,
             name=row.name,
             kind=DomainKind(row.kind),
@@ -68,10 +72,10 @@ class NewDomainBody(BaseModel):
 
 async def _answer(call: Call, name: str | int, *, created: bool = False) -> Response:
     row = await call.read(service.get_domain, name)
+    missing = (await call.read(service.missing_addresses, [row]))[row.id]
     location = f"/v1/domains/{row.name}" if created else None
-    return answer(
-        call, DomainBody.of(row), status=201 if created else 200, tag=etag(row.version, None), location=location
-    )
+    tag = etag(row.version, sum(1 << service.NEEDED.index(name) for name in missing))
+    return answer(call, DomainBody.of(row, missing), status=201 if created else 200, tag=tag, location=location)
 
 
 @router.post(
@@ -97,7 +101,9 @@ async def list_domains(
 ) -> Response:
     """In the order in which they were added."""
     rows = await call.read(service.list_domains, kind=kind, after=int(cursor) if cursor else None, limit=limit)
-    return page_response(call.request, [DomainBody.of(row) for row in rows], rows[-1].id if rows else None, limit)
+    missing = await call.read(service.missing_addresses, rows)
+    items = [DomainBody.of(row, missing[row.id]) for row in rows]
+    return page_response(call.request, items, rows[-1].id if rows else None, limit)
 
 
 @router.get(

@@ -1,5 +1,6 @@
 """/v1/hosts: the machines on which mailboxes lie."""
 
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -7,6 +8,7 @@ from fastapi import APIRouter, Path
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from app.models.jobs import JobRow
 from app.routers.shapes import (
     CHANGED,
     CONFLICT,
@@ -15,13 +17,15 @@ from app.routers.shapes import (
     IF_NONE_MATCH,
     NOT_FOUND,
     NOT_MODIFIED,
+    PREFER,
     CanReadHosts,
     CanWriteHosts,
     HostName,
+    ProofBody,
     takes,
 )
 from app.services import hosts as service
-from app.web.answers import answer
+from app.web.answers import JobBody, answer, job_body, settled
 from app.web.conditional import etag, expected_version
 from app.web.dependencies import Call, Route
 from app.web.paging import Limit, NameCursor, page_response
@@ -42,10 +46,21 @@ class HostBody(BaseModel):
     release: str | None
     swept_at: datetime | None
     sweep: dict[str, Any] | None = Field(description="What the last sweep found and repaired.")
+    settings: dict[str, Any] = Field(description="Ports, limits and switches, the defaults too.")
+    ready: bool = Field(description="Its programs run with these settings, as far as the worker may configure them.")
+    proofs: dict[str, ProofBody]
+    job: JobBody | None
 
     @staticmethod
-    def of(row: Any) -> "HostBody":
+    def of(row: Any, job: JobRow | None) -> "HostBody":
+        proofs = row.proofs or {}
+        failed = any(proof["result"] == "failed" for proof in proofs.values())
+        ready = row.applied_version == row.version and not failed
         return HostBody.model_construct(
+            settings=service.effective_settings(row.settings),
+            ready=ready,
+            proofs={name: ProofBody(**proof) for name, proof in proofs.items()},
+            job=None if ready or job is None else JobBody(**job_body(job)),
             name=row.name,
             enabled=row.enabled,
             version=row.version,
@@ -72,17 +87,43 @@ class NewHostBody(BaseModel):
 
 
 class ChangedHostBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"enabled": False}]})
+    """Only what is sent is changed."""
 
-    enabled: bool
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"settings": {"pop3_enabled": True, "srs": None}}]}
+    )
+
+    enabled: bool = True
+    settings: dict[str, Any] = Field({}, description="Single settings; null: the default again.")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """For `settled`."""
+
+    row: Any
+    job: JobRow | None
+
+    @property
+    def ready(self) -> bool:
+        return HostBody.of(self.row, None).ready
 
 
 async def _answer(call: Call, name: str, *, created: bool = False) -> Response:
-    row = await call.read(service.get_host, name)
+    async def read() -> Found:
+        row = await call.read(service.get_host, name)
+        return Found(row, (await call.read(service.latest_jobs, [name])).get(name))
+
+    found, waited = await settled(call, read)
+    row = found.row
     location = f"/v1/hosts/{row.name}" if created else None
-    # If-None-Match compares the heartbeat too, which carries what the sweep found; If-Match the version alone.
-    tag = etag(row.version, int(row.heartbeat_at.timestamp() * 1000) if row.heartbeat_at else None)
-    return answer(call, HostBody.of(row), status=201 if created else 200, tag=tag, location=location)
+    # If-None-Match compares the heartbeat too, which carries what the sweep found, and what was applied; neither ever falls.
+    # If-Match compares the version alone.
+    heartbeat = int(row.heartbeat_at.timestamp() * 1000) if row.heartbeat_at else 0
+    tag = etag(row.version, heartbeat + (row.revision or 0))
+    job = None if found.ready else found.job
+    body = HostBody.of(row, found.job)
+    return answer(call, body, status=201 if created else 200, tag=tag, job=job, location=location, waited=waited)
 
 
 @router.post(
@@ -91,7 +132,7 @@ async def _answer(call: Call, name: str, *, created: bool = False) -> Response:
     response_model=HostBody,
     summary="Add a mail host",
     responses=CONFLICT,
-    openapi_extra=takes(IDEMPOTENCY_KEY),
+    openapi_extra=takes(PREFER, IDEMPOTENCY_KEY),
 )
 async def create_host(body: NewHostBody, call: CanWriteHosts) -> Response:
     """Its worker runs there with `MAIL_HOST` set to this name."""
@@ -103,7 +144,9 @@ async def create_host(body: NewHostBody, call: CanWriteHosts) -> Response:
 async def list_hosts(call: CanReadHosts, limit: Limit = 50, cursor: NameCursor = None) -> Response:
     """By name, each with its worker's heartbeat and the result of its last sweep."""
     rows = await call.read(service.list_hosts, after=cursor, limit=limit)
-    return page_response(call.request, [HostBody.of(row) for row in rows], rows[-1].name if rows else None, limit)
+    latest = await call.read(service.latest_jobs, [row.name for row in rows])
+    items = [HostBody.of(row, latest.get(row.name)) for row in rows]
+    return page_response(call.request, items, rows[-1].name if rows else None, limit)
 
 
 @router.get(
@@ -111,7 +154,7 @@ async def list_hosts(call: CanReadHosts, limit: Limit = 50, cursor: NameCursor =
     response_model=HostBody,
     summary="Read a mail host",
     responses={**NOT_FOUND, **NOT_MODIFIED},
-    openapi_extra=takes(IF_NONE_MATCH),
+    openapi_extra=takes(PREFER, IF_NONE_MATCH),
 )
 async def get_host(host: Name, call: CanReadHosts) -> Response:
     """With its worker's heartbeat and the result of its last sweep."""
@@ -121,14 +164,15 @@ async def get_host(host: Name, call: CanReadHosts) -> Response:
 @router.patch(
     "/{host}",
     response_model=HostBody,
-    summary="Enable or disable a mail host",
+    summary="Change a mail host: enable, disable, settings",
     responses={**NOT_FOUND, **CHANGED},
-    openapi_extra=takes(IF_MATCH),
+    openapi_extra=takes(PREFER, IF_MATCH),
 )
 async def change_host(host: Name, body: ChangedHostBody, call: CanWriteHosts) -> Response:
-    """A disabled host keeps its accounts and takes no new ones."""
+    """A disabled host keeps its accounts and takes no new ones. Settings are checked here, and again on the host."""
     version = expected_version(call.request)
-    await call.write(service.change_host, host, enabled=body.enabled, expected_version=version)
+    wanted = body.model_dump(include=body.model_fields_set)
+    await call.write(service.change_host, host, wanted, expected_version=version)
     return await _answer(call, host)
 
 

@@ -1,9 +1,10 @@
 """What several routers say about themselves in the OpenAPI document."""
 
-from typing import Annotated, Any
+import re
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Path
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 
 from app.addresses import MailAddress
 from app.permissions import Permission
@@ -33,9 +34,28 @@ CanReadDomains = Annotated[Call, Depends(Needs(Permission.DOMAINS_READ))]
 CanWriteDomains = Annotated[Call, Depends(Needs(Permission.DOMAINS_WRITE))]
 CanReadHosts = Annotated[Call, Depends(Needs(Permission.HOSTS_READ))]
 CanWriteHosts = Annotated[Call, Depends(Needs(Permission.HOSTS_WRITE))]
+CanReadAliases = Annotated[Call, Depends(Needs(Permission.ALIASES_READ))]
+CanWriteAliases = Annotated[Call, Depends(Needs(Permission.ALIASES_WRITE))]
 CanReadAddresses = Annotated[Call, Depends(Needs(Permission.ADDRESSES_READ))]
 CanReadJobs = Annotated[Call, Depends(Needs(Permission.JOBS_READ))]
 CanRetryJobs = Annotated[Call, Depends(Needs(Permission.JOBS_RETRY))]
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain_text(text: str | None) -> str | None:
+    """Raises ValueError for what would change the look of a log or a page."""
+    if text is not None and _CONTROL.search(text):
+        raise ValueError("No control characters, line breaks or text direction marks here.")
+    return text
+
+
+class ProofBody(BaseModel):
+    """What the real program answered."""
+
+    result: Literal["ok", "failed", "not configured"]
+    detail: str | None = None
 
 
 def _header(name: str, description: str, **more: Any) -> dict[str, Any]:
@@ -60,6 +80,12 @@ def parse_key(text: str) -> MailAddress | int:
     return MailAddress(text)
 
 
+AliasKey = Annotated[
+    str,
+    StringConstraints(max_length=254),
+    AfterValidator(parse_key),
+    Path(description="Address or id. A deleted alias: the id."),
+]
 UserKey = Annotated[
     str,
     StringConstraints(max_length=254),

@@ -1,17 +1,17 @@
 """/v1/users: accounts with a mailbox."""
 
-import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Query
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
 from app.addresses import DomainName, MailAddress, OutsideAddress
 from app.credentials.passwords import check_hash, check_password, hash_password
+from app.errors import Unchangeable
 from app.models.users import UserState
 from app.routers.shapes import (
     CHANGED,
@@ -26,7 +26,9 @@ from app.routers.shapes import (
     CanReadUsers,
     CanWriteUsers,
     HostName,
+    ProofBody,
     UserKey,
+    plain_text,
     takes,
 )
 from app.services import users as service
@@ -39,26 +41,13 @@ from app.web.waiting import seconds_to_wait
 
 router = APIRouter(prefix="/v1/users", tags=["Users"], route_class=Route)
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def _plain(text: str | None) -> str | None:
-    if text is not None and _CONTROL.search(text):
-        raise ValueError("No control characters, line breaks or text direction marks here.")
-    return text
-
-
-DisplayName = Annotated[str, Field(max_length=200), AfterValidator(_plain)]
-ExternalId = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_plain)]
-Reason = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_plain)]
+DisplayName = Annotated[str, Field(max_length=200), AfterValidator(plain_text)]
+ExternalId = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(plain_text)]
+Reason = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(plain_text)]
+SendLimit = Annotated[
+    int, Field(ge=0, le=1_000_000, description="Recipients an hour by submission; 0: none; null: the host's setting.")
+]
 Quota = Annotated[int, Field(ge=1024 * 1024, le=2**50, description="Bytes; null: no limit.")]
-
-
-class ProofBody(BaseModel):
-    """What the real program answered."""
-
-    result: Literal["ok", "failed", "not configured"]
-    detail: str | None = None
 
 
 class UserBody(BaseModel):
@@ -74,6 +63,7 @@ class UserBody(BaseModel):
                     "contact_address": "alice@example.net",
                     "external_id": None,
                     "quota_bytes": None,
+                    "send_limit": None,
                     "state": "active",
                     "suspended_reason": None,
                     "has_password": True,
@@ -100,6 +90,7 @@ class UserBody(BaseModel):
     contact_address: str | None
     external_id: str | None
     quota_bytes: int | None
+    send_limit: int | None = Field(description="Recipients an hour by submission; null: what the host is set to.")
     state: UserState
     suspended_reason: str | None
     has_password: bool = Field(description="Without one, no login works.")
@@ -158,6 +149,7 @@ class NewUserBody(BaseModel):
     )
     external_id: ExternalId | None = Field(None, description="Your own key for this person; unique.")
     quota_bytes: Quota | None = None
+    send_limit: SendLimit | None = None
     host: HostName | None = Field(None, description="The mail host; may be left out while there is only one.")
     password: SecretStr | None = Field(
         None, max_length=256, description="Or `password_hash`; or neither: no login works."
@@ -193,21 +185,29 @@ class ChangedUserBody(BaseModel):
     contact_address: OutsideAddress | None = None
     external_id: ExternalId | None = None
     quota_bytes: Quota | None = None
-    state: UserState | None = Field(None, description="`suspended` ends every session; `active` resumes.")
+    send_limit: SendLimit | None = None
+    state: Literal["active", "suspended"] | None = Field(
+        None, description="`suspended` ends every session; `active` resumes."
+    )
     suspended_reason: Reason | None = None
 
     @model_validator(mode="before")
     @classmethod
     def say_what_to_do_instead(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for name in _INSTEAD.keys() & data.keys():
-                raise PydanticCustomError("unchangeable", "{instead}", {"instead": _INSTEAD[name]})
+            for name, instead in _INSTEAD.items():
+                if name in data:
+                    raise Unchangeable(instead, field=name)
             if data.get("state") == UserState.DELETED:
-                raise PydanticCustomError("unchangeable", "Send DELETE to delete an account.")
-            for name in ("display_name", "state"):
-                if name in data and data[name] is None:
-                    raise PydanticCustomError("not_null", "{name} cannot be null.", {"name": name})
+                raise Unchangeable("Send DELETE to delete an account.", field="state")
         return data
+
+    @field_validator("display_name", "state", mode="before")
+    @classmethod
+    def not_null(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError("This cannot be null.")
+        return value
 
 
 async def _answer(call: Call, key: MailAddress | int, *, created: bool = False) -> Response:
@@ -259,6 +259,7 @@ async def create_user(body: NewUserBody, call: CanWriteUsers) -> Response:
         contact_address=body.contact_address,
         external_id=body.external_id,
         quota_bytes=body.quota_bytes,
+        send_limit=body.send_limit,
         host=body.host,
         password_hash=await _hashed(call, body),
         reuse_address=body.reuse_address,

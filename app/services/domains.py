@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from app.addresses import DomainName
 from app.db import duplicate_of, inserted_id, is_reference
 from app.errors import DomainExists, DomainInUse, NotFound, PrimaryDomainFixed, VersionConflict
+from app.models.addresses import AddressKind, addresses
 from app.models.domains import DomainKind, domains
 from app.services.audit_events import record_event
 from app.services.changes import Change
@@ -41,7 +42,7 @@ async def create_domain(change: Change, name: DomainName, kind: DomainKind) -> i
 
 
 async def delete_domain(change: Change, name: DomainName, *, expected_version: int | None = None) -> None:
-    """Only one that never had an account: rows of users stay for ever, and so does their domain."""
+    """Only one that never had an account or alias: their rows stay for ever, and so does their domain."""
     domain = await get_domain(change.connection, name)
     if expected_version is not None and domain.version != expected_version:
         raise VersionConflict(f"The domain is at version {domain.version}.", version=domain.version)
@@ -52,7 +53,8 @@ async def delete_domain(change: Change, name: DomainName, *, expected_version: i
     except IntegrityError as error:
         if is_reference(error):
             raise DomainInUse(
-                f"{name} has, or had, accounts. Their rows are kept so that no uid is given out twice, so the domain stays."
+                f"{name} has, or had, accounts or aliases. Their rows are kept so that no id is given out twice, so the domain "
+                "stays."
             ) from None
         raise
     if result.rowcount == 0:
@@ -77,6 +79,24 @@ async def list_domains(
     if after is not None:
         query = query.where(domains.c.id > after)
     return (await connection.execute(query)).all()
+
+
+NEEDED = ("postmaster", "abuse")
+"""Addresses that every domain with mail must have: RFC 2142, sections 4 and 5; RFC 5321, section 4.5.1."""
+
+
+async def missing_addresses(connection: AsyncConnection, rows: Sequence[Row[Any]]) -> dict[int, list[str]]:
+    """Of each domain, which of NEEDED nobody has yet. A relay's are its own host's business."""
+    wanted = {f"{name}@{row.name}": (row.id, name) for row in rows if row.kind != DomainKind.RELAY for name in NEEDED}
+    query = select(addresses.c.address).where(
+        addresses.c.address.in_(wanted), addresses.c.kind != AddressKind.TOMBSTONE
+    )
+    there = set((await connection.execute(query)).scalars())
+    found: dict[int, list[str]] = {row.id: [] for row in rows}
+    for address, (domain_id, name) in wanted.items():
+        if address not in there:
+            found[domain_id].append(name)
+    return found
 
 
 def _missing(name: str | int) -> NotFound:

@@ -1,15 +1,20 @@
 """Mail hosts: where mailboxes lie. Each has a worker, which alone writes how it does."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row, delete, insert, select, update
+from pydantic import ValidationError
+from sqlalchemy import Row, and_, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.db import duplicate_of, is_reference
-from app.errors import HostExists, HostInUse, HostNotChosen, NotFound, VersionConflict
+from app.errors import BadField, HostExists, HostInUse, HostNotChosen, NotFound, VersionConflict
+from app.mailconfig.hosts import HostSettings
 from app.models.hosts import host_status, hosts
+from app.models.jobs import JobRow, JobState, applied, jobs
+from app.queue.contracts import MAILHOST_LANE, THE_HOST, JobKind
+from app.queue.enqueue import enqueue
 from app.services.audit_events import record_event
 from app.services.changes import Change
 
@@ -20,7 +25,19 @@ _WITH_STATUS = select(
     host_status.c.release,
     host_status.c.swept_at,
     host_status.c.sweep,
-).join(host_status, host_status.c.host == hosts.c.name, isouter=True)
+    applied.c.version.label("applied_version"),
+    applied.c.revision,
+    applied.c.proofs,
+).select_from(
+    hosts.outerjoin(host_status, host_status.c.host == hosts.c.name).outerjoin(
+        applied,
+        and_(
+            applied.c.host == hosts.c.name,
+            applied.c.kind == JobKind.MAILHOST_SYNC.value,
+            applied.c.subject_id == THE_HOST,
+        ),
+    )
+)
 
 
 async def create_host(change: Change, name: str, *, enabled: bool = True) -> str:
@@ -38,28 +55,79 @@ async def create_host(change: Change, name: str, *, enabled: bool = True) -> str
         if duplicate_of(error) in ("primary", "hosts_name"):
             raise HostExists(f"The host {name} is there already.", host=name) from None
         raise
+    # No job: its worker looks at the configuration when it starts.
     await record_event(change, "hosts.create", "host", name, after={"name": name, "enabled": enabled})
     return name
 
 
-async def change_host(change: Change, name: str, *, enabled: bool, expected_version: int | None = None) -> str:
-    """A host that is not enabled gets no new accounts; those that it has stay."""
+async def change_host(
+    change: Change, name: str, wanted: Mapping[str, Any], *, expected_version: int | None = None
+) -> str:
+    """Sets `enabled`, and single members of `settings` (null: the default again). What is so already is no change.
+
+    A host that is not enabled gets no new accounts; those that it has stay. Raises BadField for a setting that cannot be.
+    """
     row = (await change.connection.execute(select(hosts).where(hosts.c.name == name).with_for_update())).one_or_none()
     if row is None:
         raise _missing(name)
     if expected_version is not None and row.version != expected_version:
         raise VersionConflict(f"The host is at version {row.version}, not {expected_version}.", version=row.version)
-    if row.enabled == enabled:
+    settings = merged_settings(row.settings, wanted.get("settings", {}))
+    new = {"enabled": wanted.get("enabled", row.enabled), "settings": settings}
+    new = {member: value for member, value in new.items() if getattr(row, member) != value}
+    if not new:
         return name
     await change.connection.execute(
-        update(hosts)
-        .where(hosts.c.name == name)
-        .values(enabled=enabled, version=row.version + 1, updated_at=change.now)
+        update(hosts).where(hosts.c.name == name).values(**new, version=row.version + 1, updated_at=change.now)
     )
-    await record_event(
-        change, "hosts.change", "host", name, before={"enabled": row.enabled}, after={"enabled": enabled}
-    )
+    before = {member: getattr(row, member) for member in new}
+    await record_event(change, "hosts.change", "host", name, before=before, after=new)
+    await _enqueue(change, name, row.version + 1)
     return name
+
+
+def merged_settings(present: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What is stored: only what differs from the defaults of `HostSettings`, which is the judge."""
+    names = HostSettings.model_fields
+    for name in wanted:
+        if name not in names:
+            place = name[:64].replace("~", "~0").replace("/", "~1")
+            raise BadField(f"There is no such setting. These are: {', '.join(names)}.", field=f"settings/{place}")
+    kept = {name: value for name, value in present.items() if name in names}  # an earlier release may have had more
+    merged = {name: value for name, value in {**kept, **wanted}.items() if value is not None}
+    try:
+        checked = HostSettings.model_validate(merged)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        place = "/".join(["settings", *map(str, fault["loc"])])
+        raise BadField(f"{fault['msg'].removeprefix('Value error, ')}.", field=place) from None
+    return checked.model_dump(mode="json", exclude_defaults=True)
+
+
+def effective_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """All of them, the defaults too."""
+    return HostSettings.model_construct(**stored).model_dump(mode="json")
+
+
+async def resync_host(change: Change, name: str) -> int:
+    """Another job for the host as it is. Returns the job's id."""
+    row = (await change.connection.execute(select(hosts).where(hosts.c.name == name))).one_or_none()
+    if row is None:
+        raise _missing(name)
+    return await _enqueue(change, name, row.version)
+
+
+async def _enqueue(change: Change, name: str, version: int) -> int:
+    return await enqueue(
+        change.connection,
+        JobKind.MAILHOST_SYNC,
+        host=name,
+        lane=MAILHOST_LANE,
+        subject_id=THE_HOST,
+        version=version,
+        request_id=change.actor.request_id,
+        now=change.now,
+    )
 
 
 async def delete_host(change: Change, name: str, *, expected_version: int | None = None) -> None:
@@ -101,6 +169,21 @@ async def list_hosts(connection: AsyncConnection, *, after: str | None = None, l
     if after is not None:
         query = query.where(hosts.c.name > after)
     return (await connection.execute(query)).all()
+
+
+async def latest_jobs(connection: AsyncConnection, names: Sequence[str]) -> dict[str, JobRow]:
+    """Of each host, the latest job about its configuration."""
+    query = (
+        select(jobs.c.host, jobs.c.id, jobs.c.state, jobs.c.error)
+        .where(
+            jobs.c.host.in_(names),
+            jobs.c.kind == JobKind.MAILHOST_SYNC.value,
+            jobs.c.subject_id == THE_HOST,
+            jobs.c.state != JobState.SUPERSEDED,
+        )
+        .order_by(jobs.c.version, jobs.c.id)
+    )
+    return {row.host: JobRow(row.id, row.state, row.error) for row in await connection.execute(query)}
 
 
 def _missing(name: str) -> NotFound:

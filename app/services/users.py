@@ -46,12 +46,13 @@ from app.models.addresses import AddressKind, addresses
 from app.models.columns import Timestamp
 from app.models.domains import DomainKind, domains
 from app.models.hosts import hosts
-from app.models.jobs import JobState, applied, jobs
+from app.models.jobs import JobRow, JobState, applied, jobs
 from app.models.users import UserState, users
 from app.models.views import service_purged, service_users
 from app.queue.contracts import JobKind, mailbox_lane
 from app.queue.enqueue import enqueue
 from app.services.addresses import check_reserved, claim_address, holder_of, reclaim_address, release_address
+from app.services.aliases import touch_aliases_of_user
 from app.services.audit_events import record_event
 from app.services.changes import Change
 from app.services.hosts import choose_host
@@ -73,7 +74,7 @@ _APPLIED = and_(applied.c.host == users.c.host, applied.c.kind == KIND, applied.
 
 SHOWN = (
     "id address display_name contact_address external_id quota_bytes state suspended_reason host version created_at"
-    " updated_at deleted_at purge_at purged_at has_password"
+    " updated_at deleted_at purge_at purged_at send_limit has_password"
 ).split()
 """The first columns of `_USERS`, in this order: what an answer shows as it stands."""
 
@@ -145,17 +146,10 @@ class NewUser:
     contact_address: OutsideAddress | None = None
     external_id: str | None = None
     quota_bytes: int | None = None
+    send_limit: int | None = None
     host: str | None = None
     password_hash: str | None = None
     reuse_address: bool = False
-
-
-class JobRow(NamedTuple):
-    """The latest job about a subject."""
-
-    id: int
-    state: str
-    error: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +206,7 @@ async def create_user(change: Change, new: NewUser) -> UserRecord:
         "contact_address": new.contact_address,
         "external_id": new.external_id,
         "quota_bytes": new.quota_bytes,
+        "send_limit": new.send_limit,
         "state": UserState.ACTIVE.value,
         "password_hash": new.password_hash,
         "version": 1,
@@ -234,6 +229,7 @@ async def create_user(change: Change, new: NewUser) -> UserRecord:
             "contact_address": new.contact_address,
             "external_id": new.external_id,
             "quota_bytes": new.quota_bytes,
+            "send_limit": new.send_limit,
             "host": host,
             "password": new.password_hash is not None,
             "reuse_address": new.reuse_address,
@@ -244,7 +240,15 @@ async def create_user(change: Change, new: NewUser) -> UserRecord:
     return UserRecord(shown, None, "{}", {}, False, JobRow(job_id, JobState.READY, None))
 
 
-CHANGEABLE = ("display_name", "contact_address", "external_id", "quota_bytes", "state", "suspended_reason")
+CHANGEABLE = (
+    "display_name",
+    "contact_address",
+    "external_id",
+    "quota_bytes",
+    "send_limit",
+    "state",
+    "suspended_reason",
+)
 
 
 async def change_user(
@@ -293,6 +297,7 @@ async def delete_user(
     }
     after = {"state": UserState.DELETED.value, "purge_at": purge_at.isoformat()}
     await _update(change, row, values, "users.delete", before={"state": row.state}, after=after)
+    await touch_aliases_of_user(change, user_id)
     return user_id
 
 
@@ -314,6 +319,7 @@ async def restore_user(change: Change, user_id: int, *, expected_version: int | 
     }
     before = {"state": row.state, "deleted_at": row.deleted_at.isoformat()}
     await _update(change, row, values, "users.restore", before=before, after={"state": row.state_before})
+    await touch_aliases_of_user(change, user_id)
     return user_id
 
 
@@ -432,7 +438,9 @@ def _check_contact(contact: str | None, address: str) -> None:
         raise BadField("The contact address cannot be the mailbox itself.", field="contact_address")
 
 
-def _missing(key: object) -> NotFound:
+def _missing(key: MailAddress | int) -> NotFound:
+    if isinstance(key, int):
+        return NotFound(f"There is no account {key}.")
     return NotFound(
         f"There is no account {key}. A deleted one is found by its id only: GET /v1/users?state=deleted&address=…"
     )

@@ -23,7 +23,7 @@ from starlette.responses import Response
 
 from app.config import ApiSettings
 from app.db import Clock, Database, is_busy, is_lost
-from app.errors import AliasExists, Forbidden, UserExists
+from app.errors import AddressRetired, AliasExists, Forbidden, UserExists
 from app.permissions import Permission, Principal
 from app.queue.wake import wake
 from app.services.changes import Actor, Change
@@ -100,8 +100,8 @@ class Call:
                         self.replayed = not first
                     committing = True
                 break
-            except (UserExists, AliasExists) as error:
-                needed = Permission.USERS_READ if isinstance(error, UserExists) else Permission.ALIASES_READ
+            except (UserExists, AddressRetired, AliasExists) as error:
+                needed = Permission.ALIASES_READ if isinstance(error, AliasExists) else Permission.USERS_READ
                 if not self.may(needed):
                     error.members = {name: value for name, value in error.members.items() if name == "field"}
                 raise

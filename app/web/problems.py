@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from app import errors
-from app.db import is_busy, is_lost
+from app.db import is_busy, is_lost, reason_of
 from app.log import log
 
 
@@ -461,7 +461,7 @@ def install(app: FastAPI) -> None:
         a_file = isinstance(error, OSError) and error.filename is not None  # of ours is missing: no lost connection
         busy = isinstance(error, PoolTimeout) or (isinstance(error, DBAPIError) and is_busy(error))
         if busy or (is_lost(error) and not a_file):
-            log.warning("database_unavailable", kind=type(error).__name__)
+            log.warning("database_unavailable", kind=type(error).__name__, error=reason_of(error))
             unavailable = errors.Unavailable("The database does not answer, or is too busy.")
             return error_response(request, unavailable)
         return internal_error(request, error)

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from app.db import Database
 from app.models.jobs import JobState, applied, jobs
 from app.queue import claim as queue
-from app.queue.claim import LEASE, MAX_ATTEMPTS, MAX_BACKOFF, Claim, LeaseLost, Outcome
+from app.queue.claim import LEASE, MAX_ATTEMPTS, MAX_BACKOFF, Claim, End, LeaseLost, Outcome, Waiting
 from app.queue.contracts import JobKind
 from app.queue.enqueue import enqueue
 from tests.conftest import HOST, Clock, TestDatabase
@@ -761,3 +761,201 @@ async def test_no_statement_of_the_worker_walks_through_all_jobs(q: Queue, test_
             for step in (await connection.exec_driver_sql(explain, parameters)).mappings():
                 walks = step["detail"] == "SCAN jobs" if sqlite else step["type"] in ("ALL", "index")
                 assert not walks, (statement, dict(step))
+
+
+# Many subjects, one lane
+
+
+class Shared:
+    """Jobs of many subjects in one lane, and ends for them."""
+
+    def __init__(self, q: Queue) -> None:
+        self.q = q
+
+    async def add(self, subject_id: int, version: int = 1, **other: Any) -> int:
+        before = {job.id for job in (await self.q.everything())[0]}
+        await self.q.add_rows({"lane": "shared", "subject_id": subject_id, "version": version, **other})
+        (new,) = {job.id for job in (await self.q.everything())[0]} - before
+        return int(new)
+
+    async def waiting(self) -> list[Waiting]:
+        return await queue.waiting(self.q.worker, HOST, KIND)
+
+    async def finish(self, claim: Claim, *ends: End) -> JobState:
+        return await queue.finish_batch(self.q.worker, claim, ends, self.q.clock.now, jitter=DICE)
+
+
+@pytest.fixture
+def shared(q: Queue) -> Shared:
+    return Shared(q)
+
+
+def true_at(version: int, *, stands: bool = True) -> Outcome:
+    return Outcome(version, stands, {"postfix": "ok"}, {})
+
+
+@asynchronous
+async def test_waiting_are_the_ready_ones_due_or_not(q: Queue, shared: Shared) -> None:
+    await shared.add(1)
+    claim = await q.claim_one()
+    ids = [await shared.add(1, 2), await shared.add(2, run_at=q.clock.now + timedelta(days=1))]
+    await shared.add(3, host="other")
+    await shared.add(4, kind="other.kind")
+    done = await shared.add(5)
+    async with q.worker.write.begin() as connection:
+        await connection.execute(jobs.update().where(jobs.c.id == done).values(state=JobState.DONE))
+    assert [(job.id, job.subject_id, job.version, job.attempts) for job in await shared.waiting()] == [
+        (ids[0], 1, 2, 0),
+        (ids[1], 2, 1, 0),
+    ]
+    assert claim.id not in ids
+
+
+@asynchronous
+async def test_a_batch_ends_exactly_the_jobs_that_waited(q: Queue, shared: Shared) -> None:
+    first = await shared.add(1)
+    claim = await q.claim_one()
+    old, new, other = await shared.add(1, 1), await shared.add(1, 2), await shared.add(2, 5)
+    found = {job.id: job for job in await shared.waiting()}
+    late, elsewhere = await shared.add(2, 5), await shared.add(2, 5, host="other")
+    q.clock.forward(seconds=1)
+    state = await shared.finish(
+        claim, End(1, true_at(2), [found[old], found[new]]), End(2, true_at(5, stands=False), [found[other]])
+    )
+    assert state is JobState.DONE
+    assert await q.states() == {
+        first: "done",
+        old: "superseded",
+        new: "done",
+        other: "done",
+        late: "ready",
+        elsewhere: "ready",
+    }
+    rows, made_true = await q.everything()
+    assert {row.finished_at for row in rows if row.id in (first, old, new, other)} == {q.clock.now}
+    assert [(row.subject_id, row.version, row.stands, row.revision, row.proofs) for row in made_true] == [
+        (1, 2, True, 1, {"postfix": "ok"}),
+        (2, 5, False, 1, {"postfix": "ok"}),
+    ]
+    assert [taken.id for taken in await q.claim()] == [late]
+
+
+@asynchronous
+async def test_a_batch_never_lowers_a_version(q: Queue, shared: Shared) -> None:
+    await queue.record_all(q.worker, HOST, KIND, {1: true_at(7), 2: true_at(3)}, q.clock.now)
+    before = (await q.everything())[1]
+    await shared.add(1)
+    claim = await q.claim_one()
+    q.clock.forward(seconds=1)
+    await shared.finish(claim, End(2, true_at(3, stands=False)), End(1, true_at(6, stands=False)))
+    _, after = await q.everything()
+    assert after[0] == before[0]
+    assert (after[1].version, after[1].stands, after[1].revision, after[1].applied_at) == (3, False, 2, q.clock.now)
+
+
+@asynchronous
+async def test_what_failed_is_tried_again_or_dead(q: Queue, shared: Shared) -> None:
+    first = await shared.add(1)
+    claim = await q.claim_one()
+    again, tired, final = await shared.add(2), await shared.add(3), await shared.add(4)
+    async with q.worker.write.begin() as connection:
+        tries = jobs.update().where(jobs.c.id == tired).values(attempts=MAX_ATTEMPTS - 1)
+        await connection.execute(tries)
+    found = {job.id: job for job in await shared.waiting()}
+    state = await shared.finish(
+        claim,
+        End(1, None, (), "x" * 2000),
+        End(2, None, [found[again]], "not yet"),
+        End(3, None, [found[tired]], "not yet"),
+        End(4, Outcome(0, False, {"postfix": "failed"}, {}), [found[final]], "never", final=True),
+    )
+    assert state is JobState.READY
+    rows = {row.id: row for row in (await q.everything())[0]}
+    assert [(rows[i].state, rows[i].attempts, rows[i].error) for i in (again, tired, final)] == [
+        ("ready", 1, "not yet"),
+        ("dead", MAX_ATTEMPTS, "not yet"),
+        ("dead", 1, "never"),
+    ]
+    assert (rows[first].state, rows[first].running_lane, rows[first].error) == ("ready", None, "x" * 1000)
+    assert q.clock.now <= rows[again].run_at <= q.clock.now + timedelta(seconds=1)
+    assert [rows[i].finished_at for i in (again, tired, final)] == [None, q.clock.now, q.clock.now]
+    _, made_true = await q.everything()
+    assert [(row.subject_id, row.version, row.proofs) for row in made_true] == [(4, 0, {"postfix": "failed"})]
+
+
+@asynchronous
+async def test_the_claimed_job_can_be_dead(q: Queue, shared: Shared) -> None:
+    first = await shared.add(1)
+    claim = await q.claim_one()
+    assert await shared.finish(claim, End(1, None, (), "There is no alias 1.", final=True)) is JobState.DEAD
+    assert await q.states() == {first: "dead"}
+
+
+@pytest.mark.parametrize("loss", [*ENDS, _taken_back, _claimed_by_another])
+@pytest.mark.parametrize("many", [False, True])
+@asynchronous
+async def test_whoever_lost_the_lease_ends_no_batch(
+    q: Queue, shared: Shared, loss: Any, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if many:
+        monkeypatch.setattr(queue, "BATCH_STEP", 1)
+    await shared.add(1)
+    claim = await q.claim_one()
+    await shared.add(2)
+    (other,) = await shared.waiting()
+    await loss(q, claim)
+    before = await q.everything()
+    with pytest.raises(LeaseLost):
+        await shared.finish(claim, End(1, true_at(1)), End(2, true_at(1), [other]))
+    assert await q.everything() == before
+
+
+@asynchronous
+async def test_a_large_batch_that_is_cut_off_ends_in_the_same_place(
+    q: Queue, shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "BATCH_STEP", 2)
+    for subject_id in range(1, 8):
+        await shared.add(subject_id)
+    claim = await q.claim_one()
+    end_waiting = queue._end_waiting
+    steps = 0
+
+    async def cut_off(*args: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise RuntimeError
+        await end_waiting(*args)
+
+    async def ends() -> list[End]:
+        return [End(1, true_at(1)), *(End(job.subject_id, true_at(1), [job]) for job in await shared.waiting())]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "_end_waiting", cut_off)
+        with pytest.raises(RuntimeError):
+            await shared.finish(claim, *await ends())
+    rows, made_true = await q.everything()
+    # What is said to be true and the jobs that asked for it go together.
+    done = [row.subject_id for row in rows if row.state == JobState.DONE]
+    assert done == sorted(row.subject_id for row in made_true) == [2, 3, 4, 5]
+    assert (await q.job(claim.id)).state == JobState.RUNNING
+    await q.take_back(all_running=True)
+    claim = await q.claim_one()
+    await shared.finish(claim, *await ends())
+    rows, made_true = await q.everything()
+    assert {row.state for row in rows} == {JobState.DONE}
+    ended = sorted((row.subject_id, row.version, row.revision) for row in made_true)
+    assert ended == [(n, 1, 1) for n in range(1, 8)]
+
+
+@asynchronous
+async def test_ten_thousand_ends_are_few_statements(q: Queue, shared: Shared) -> None:
+    await q.add_rows(*({"lane": "shared", "subject_id": n} for n in range(1, 10_001)))
+    claim = await q.claim_one()
+    found = [End(job.subject_id, true_at(1), [job]) for job in await shared.waiting()]
+    with statements(q.worker) as sent:
+        await shared.finish(claim, *found, End(claim.subject_id, true_at(1)))
+    assert len(sent) == 2 * 10_000 // queue.BATCH_STEP
+    assert set((await q.states()).values()) == {"done"}
+    assert len((await q.everything())[1]) == 10_000

@@ -5,14 +5,16 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import select
+from sqlalchemy import event, insert, select
 
 from app.db import Database
 from app.models.audit_events import audit_events
-from app.models.jobs import jobs
+from app.models.hosts import SERVICE_HOST
+from app.models.jobs import JobState, jobs
 from app.queue.claim import Outcome, claim, finish, give_up
-from app.queue.contracts import MAILBOX_SYNC
-from tests.conftest import HOST, PRIMARY, Clock
+from app.queue.contracts import MAILBOX_SYNC, JobKind
+from app.services.jobs import list_jobs
+from tests.conftest import HOST, PRIMARY, Clock, TestDatabase
 
 pytestmark = pytest.mark.asyncio
 
@@ -158,3 +160,46 @@ async def test_lists_page_newest_first_and_filter(client: httpx.AsyncClient, wor
 async def test_what_is_not_there(client: httpx.AsyncClient, job: str, status: int) -> None:
     assert (await client.get(f"/v1/jobs/{job}")).status_code == status
     assert (await client.post(f"/v1/jobs/{job}/retry")).status_code == status
+
+
+async def test_the_jobs_of_one_account_are_found_by_their_index(
+    seeded: Database, test_database: TestDatabase, clock: Clock
+) -> None:
+    usual = {
+        "lane": "a",
+        "kind": MAILBOX_SYNC,
+        "version": 1,
+        "request_id": "r",
+        "run_at": clock(),
+        "created_at": clock(),
+    }
+    # Subject 7 has the ids 8, 1008, 2008 and, of another host, 3001.
+    rows = [usual | {"host": HOST, "subject_id": n % 1000} for n in range(3000)]
+    async with seeded.write.begin() as connection:
+        await connection.execute(insert(jobs), [*rows, usual | {"host": SERVICE_HOST, "subject_id": 7}])
+    sqlite = test_database.kind == "sqlite"
+    sent: list[tuple[str, Any]] = []
+
+    @event.listens_for(seeded.read.sync_engine, "before_cursor_execute")
+    def keep(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
+        sent.append((statement, parameters))
+
+    everything: list[tuple[dict[str, Any], list[int]]] = [
+        ({}, [3001, 2008, 1008, 8]),
+        ({"host": HOST}, [2008, 1008, 8]),
+        ({"kind": JobKind.MAILBOX_SYNC}, [3001, 2008, 1008, 8]),
+        ({"state": JobState.DEAD}, []),
+        ({"state": JobState.READY, "after": 2008}, [1008, 8]),
+        ({"host": HOST, "kind": JobKind.MAILBOX_SYNC, "after": 1008}, [8]),
+    ]
+    async with seeded.read.connect() as connection:
+        for filters, ids in everything:
+            assert [row.id for row in await list_jobs(connection, subject_id=7, limit=50, **filters)] == ids
+            statement, parameters = sent[-1]
+            explain = f"EXPLAIN {'QUERY PLAN ' if sqlite else ''}{statement}"
+            step = (await connection.exec_driver_sql(explain, parameters)).mappings().first()
+            if sqlite:
+                assert "ix_jobs_host_kind_subject_id (host=? AND kind=? AND subject_id=?" in step["detail"], filters
+            else:
+                assert step["key"] == "ix_jobs_host_kind_subject_id", filters
+                assert int(step["rows"]) < 100, dict(step)

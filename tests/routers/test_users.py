@@ -548,3 +548,20 @@ async def test_a_key_at_work_is_a_conflict_after_one_second_and_not_tried_again(
     assert answer.headers["retry-after"] == "1"
     assert took < 2, "a second lock wait means that it was tried again"
     assert await rows(database, select(users)) == []
+
+
+async def test_a_limit_of_its_own_for_sending(client: httpx.AsyncClient, database: Database) -> None:
+    assert (await create(client, "bob"))["send_limit"] is None, "the host's setting"
+    made = await create(client, send_limit=500)
+    url = f"/v1/users/{made['id']}"
+    assert made["send_limit"] == (await client.get(url)).json()["send_limit"] == 500
+    for version, limit in enumerate((0, 1_000_000, None), start=2):
+        changed = (await client.patch(url, json={"send_limit": limit})).json()
+        assert (changed["send_limit"], changed["version"]) == (limit, version)
+    for bad in (-1, 1_000_001, "many", 1.5):
+        for answer in (
+            await client.patch(url, json={"send_limit": bad}),
+            await client.post("/v1/users", json={"address": f"carol@{PRIMARY}", "send_limit": bad}),
+        ):
+            assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/send_limit")
+    assert await rows(database, select(users.c.send_limit).order_by(users.c.id)) == [(None,), (None,)]

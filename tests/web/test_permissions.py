@@ -23,6 +23,13 @@ WHO: dict[tuple[str, str], str] = {
     ("DELETE", "/v1/users/{user}"): Permission.USERS_WRITE,
     ("POST", "/v1/users/{user}/restore"): Permission.USERS_WRITE,
     ("POST", "/v1/users/{user}/purge"): Permission.USERS_PURGE,
+    ("GET", "/v1/users/{user}/send-as"): Permission.ALIASES_READ,
+    ("GET", "/v1/send-as"): Permission.ALIASES_READ,
+    ("GET", "/v1/aliases"): Permission.ALIASES_READ,
+    ("POST", "/v1/aliases"): Permission.ALIASES_WRITE,
+    ("GET", "/v1/aliases/{alias}"): Permission.ALIASES_READ,
+    ("PATCH", "/v1/aliases/{alias}"): Permission.ALIASES_WRITE,
+    ("DELETE", "/v1/aliases/{alias}"): Permission.ALIASES_WRITE,
     ("GET", "/v1/addresses/{address}"): Permission.ADDRESSES_READ,
     ("GET", "/v1/jobs"): Permission.JOBS_READ,
     ("GET", "/v1/jobs/{job}"): Permission.JOBS_READ,
@@ -46,7 +53,15 @@ WHO: dict[tuple[str, str], str] = {
 }
 """Written by hand: a new route is a new line, and somebody thought about it."""
 
-VALUES = {"user": "1", "address": "a@b.test", "job": "1", "domain": "b.test", "host": "mail", "slug": "forbidden"}
+VALUES = {
+    "user": "1",
+    "alias": "1",
+    "address": "a@b.test",
+    "job": "1",
+    "domain": "b.test",
+    "host": "mail",
+    "slug": "forbidden",
+}
 
 
 def test_the_table_names_every_operation_and_no_other() -> None:
