@@ -6,8 +6,17 @@ SECURITY: loaded by the worker (root). Reads the environment only: no `.env` fil
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute() or not str(path).isprintable():
+        raise ValueError("must be an absolute path")
+    return path
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class Settings(BaseSettings):
@@ -30,6 +39,14 @@ class Settings(BaseSettings):
 
     database_ca_file: Path | None = None
     """CA certificate that the database server must show. Without it a connection over TCP is not verified."""
+
+    @field_validator("database_ca_file")
+    @classmethod
+    def can_be_read(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.is_file():
+            raise ValueError("is no file")
+        return path
+
     log_format: Annotated[str, Field(pattern="^(console|json)$")] = "console"
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
     wake_directory: Path = Path("var/run")
@@ -64,8 +81,19 @@ class WorkerSettings(Settings):
     """Postfix's configuration directory. Unset: this host has no Postfix, and its proof reads `not configured`."""
     postfix_recipients: str = "proxy:mysql:/etc/postfix/recipients.cf"
     """The very map that Postfix asks."""
+    postfix_local_aliases: str = "proxy:mysql:/etc/postfix/local-aliases.cf"
+    postfix_virtual_aliases: str = "proxy:mysql:/etc/postfix/virtual-aliases.cf"
+    """The very maps that Postfix asks for aliases that are not in the alias file."""
+    aliases_directory: AbsolutePath = Path("/etc/cacert-mail/aliases")
+    """Where the worker keeps `aliases` and `aliases.lmdb`. It makes the last part; nobody but root may write there."""
+    hand_made_aliases: AbsolutePath | None = None
+    """An alias file that people write and Postfix reads after ours; the worker only reads it. None: there is none."""
     dovecot_config: Path | None = None
     """Dovecot's configuration file. Unset: this host has no Dovecot, and its proof reads `not configured`."""
+    adopted_homes: AbsolutePath = Path("/etc/cacert-mail/adopted-homes")
+    """Old homes that keep their uid and gid: written by `cacert-mail import users`, by root."""
+    host_file: AbsolutePath | None = None
+    """This host's own file, TOML, root's alone: secrets, paths, trusted networks. Unset: the worker configures no program."""
     poll_seconds: Annotated[float, Field(gt=0, le=60)] = 1
     sweep_minutes: Annotated[float, Field(gt=0)] = 10
     concurrency: Annotated[int, Field(ge=1, le=64)] = 8
@@ -74,9 +102,32 @@ class WorkerSettings(Settings):
     """Whether homes are synced to disk. Off only for tests."""
 
 
+class PolicySettings(Settings):
+    policy_port: Annotated[int, Field(ge=1, le=65535)] = 10031
+    """On 127.0.0.1: Postfix asks there about each recipient."""
+    from_port: Annotated[int, Field(ge=1, le=65535)] = 10032
+    """On 127.0.0.1: rspamd asks there who may write which From."""
+    recipients_per_hour: Annotated[int, Field(ge=0, le=1_000_000)] = 200
+    """For each login whose account says nothing else (`send_limit`). 0: nobody else may send."""
+
+
 class ServiceSettings(Settings):
     poll_seconds: Annotated[float, Field(gt=0, le=60)] = 1
     keep_jobs_days: Annotated[int, Field(ge=1)] = 30
+
+
+class ImportSettings(BaseSettings):
+    """Of `cacert-mail import`, which is a client of the API."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True)
+
+    api_url: str = "http://127.0.0.1:8825"
+    """Where the API is."""
+    api_ca_file: Path | None = None
+    """CA certificate that the API must show, if it is none that this machine trusts anyway."""
+    client_id: str
+    client_secret: SecretStr
+    """Of a client that may read and write users and aliases, and read addresses, domains and jobs."""
 
 
 def explain(error: ValidationError) -> str:

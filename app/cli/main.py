@@ -134,7 +134,7 @@ def _stop_without_schema() -> None:
     """Ends the command when the database answers without our schema. One that is away may come back, and is logged."""
     from sqlalchemy.exc import DBAPIError
 
-    from app.db import Database, is_busy, is_lost
+    from app.db import Database, is_busy, is_lost, reason_of
     from app.errors import Unavailable
     from app.log import log
     from app.models.schema import check_schema
@@ -150,7 +150,7 @@ def _stop_without_schema() -> None:
     except (DBAPIError, OSError) as error:
         if not (is_lost(error) or (isinstance(error, DBAPIError) and is_busy(error))):
             raise stop(_refused(error)) from None
-        log.warning("database_away", kind=type(error).__name__)
+        log.warning("database_away", kind=type(error).__name__, error=reason_of(error))
 
 
 @cli.command()

@@ -8,11 +8,18 @@ from pathlib import Path
 import pytest
 
 from app.cli.main import cli
-from app.config import ApiSettings, ServiceSettings, Settings, WorkerSettings
+from app.config import ApiSettings, PolicySettings, ServiceSettings, Settings, WorkerSettings
 
 FOLDER = Path(__file__).parents[2] / "deploy/systemd"
-SETTINGS: dict[str, type[Settings]] = {"api": ApiSettings, "worker": WorkerSettings, "service": ServiceSettings}
+SETTINGS: dict[str, type[Settings]] = {
+    "api": ApiSettings,
+    "worker": WorkerSettings,
+    "service": ServiceSettings,
+    "policy": PolicySettings,
+}
 PROCESSES = sorted(SETTINGS)
+WAKING = {"api", "worker", "service"}
+"""They meet in the directory of the wake-up sockets."""
 INSTALLED = "/opt/cacert-mail/.venv/bin/cacert-mail"
 
 
@@ -68,7 +75,7 @@ def test_systemd_would_say_if_a_directive_were_unknown(systemd_analyze: str, tmp
     assert "ProtectSytem" in done.stderr
 
 
-@pytest.mark.parametrize(("process", "worst"), [("api", 15), ("service", 15), ("worker", 31)])
+@pytest.mark.parametrize(("process", "worst"), [("api", 15), ("service", 15), ("policy", 15), ("worker", 31)])
 def test_exposure(systemd_analyze: str, process: str, worst: int) -> None:
     """In tenths of systemd's own scale, 0 for safe to 100; what is lower than written here may be written here."""
     argv = [systemd_analyze, "security", "--offline=true", "--no-pager", f"--threshold={worst}", unit(process)]
@@ -89,7 +96,7 @@ def test_every_setting_exists(process: str) -> None:
     """Those in the unit, and those of which its comments say that they go into the environment file."""
     named = {pair.partition("=")[0] for line in directives(process)["Environment"] for pair in line.split()}
     named |= set(re.findall(r"^#   ([A-Z_]+)=", unit(process).read_text(), re.MULTILINE))
-    assert named >= {"DATABASE_URL", "WAKE_DIRECTORY"}
+    assert named >= {"DATABASE_URL"} | ({"WAKE_DIRECTORY"} if process in WAKING else set())
     assert named <= {name.upper() for name in SETTINGS[process].model_fields}
 
 
@@ -104,12 +111,19 @@ def test_no_secret_in_a_unit(process: str) -> None:
 CAPABILITIES = {
     "api": set(),
     "service": set(),
+    "policy": set(),
     "worker": {"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_SETUID", "CAP_SETGID", "CAP_KILL"},
 }
-USERS = {"api": "cacert-mail-api", "service": "cacert-mail-service", "worker": "root"}
+USERS = {
+    "api": "cacert-mail-api",
+    "service": "cacert-mail-service",
+    "policy": "cacert-mail-policy",
+    "worker": "root",
+}
 WRITABLE = {
     "api": set(),
     "service": {"/run/cacert-mail"},
+    "policy": set(),
     "worker": {"/home", "/run/cacert-mail", "-/var/spool/postfix", "-/var/lib/postfix"},
 }
 
@@ -140,8 +154,9 @@ def test_users_and_directories() -> None:
     """The users that the units name are made, and nobody can put a link in place of root's wake-up socket."""
     sysusers = [line.split() for line in (FOLDER / "cacert-mail.sysusers").read_text().splitlines() if line[0] != "#"]
     made = {fields[1] for fields in sysusers if fields[0] == "u"}
-    assert made == {USERS["api"], USERS["service"]}
-    assert {fields[1] for fields in sysusers if fields[0] == "m" and fields[2] == "cacert-mail"} == made
+    assert made == {USERS["api"], USERS["service"], USERS["policy"]}
+    members = {fields[1] for fields in sysusers if fields[0] == "m" and fields[2] == "cacert-mail"}
+    assert members == {USERS["api"], USERS["service"]}
     tmpfiles = [line.split() for line in (FOLDER / "cacert-mail.tmpfiles").read_text().splitlines() if line[0] != "#"]
     directories = {fields[1]: fields[2:5] for fields in tmpfiles}
     assert directories["/run/cacert-mail"] == ["1770", "root", "cacert-mail"], "the sticky bit: see docs/decisions"

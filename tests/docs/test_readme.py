@@ -28,7 +28,13 @@ def expected() -> dict[str, tuple[str, set[str]]]:
         for name, field in settings.model_fields.items():
             default = field.get_default()
             default = default.get_secret_value() if isinstance(default, SecretStr) else default
-            text = "" if default is None or field.is_required() else str(default).lower() if isinstance(default, bool) else str(default)
+            text = (
+                ""
+                if default is None or field.is_required()
+                else str(default).lower()
+                if isinstance(default, bool)
+                else str(default)
+            )
             of = {"all"} if name in Settings.model_fields else {process}
             found[name.upper()] = (text, found.get(name.upper(), ("", set()))[1] | of)
     return found
