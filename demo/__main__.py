@@ -30,7 +30,8 @@ from tests.stack.mail import HOST, PRIMARY_DOMAIN, MailStack
 from tests.stack.mariadb import MariaDB
 from tests.stack.processes import Processes, free_ports
 
-ALICE = f"alice@{PRIMARY_DOMAIN}"
+ALICE, BOB = f"alice@{PRIMARY_DOMAIN}", f"bob@{PRIMARY_DOMAIN}"
+POSTMASTER, PR = f"postmaster@{PRIMARY_DOMAIN}", f"pr@{PRIMARY_DOMAIN}"
 PASSWORD = "seven green lanterns over the harbour"
 SECOND_PASSWORD = "nine quiet otters under the bridge"
 
@@ -76,6 +77,9 @@ class Demo:
             LOCK_FILE=str(base / "worker.lock"),
             POSTFIX_CONFIG=str(self.mail.postfix_config),
             POSTFIX_RECIPIENTS=self.mail.recipients_map,
+            POSTFIX_LOCAL_ALIASES=self.mail.local_aliases_map,
+            POSTFIX_VIRTUAL_ALIASES=self.mail.virtual_aliases_map,
+            ALIASES_DIRECTORY=str(self.mail.aliases),
             DOVECOT_CONFIG=str(self.mail.dovecot_config),
         )
         self.processes.start([*command, "service"], **shared, DATABASE_URL=self.mariadb.url("service"))
@@ -133,7 +137,7 @@ def tell(demo: Demo) -> None:
             expect(found["ready"] or not wait, f"{method} {path}: not ready: {found}")
             return found
 
-        demo.line("MariaDB, Postfix, Dovecot, API, worker and service are up")
+        demo.line("MariaDB, Postfix, Dovecot, rspamd, API, worker, service and policy are up")
         new = {"address": ALICE, "display_name": "Alice", "password": PASSWORD}
         first = ask("POST", "/v1/users", new, wait=False)
         demo.line(f"created: {ALICE} is account {first['id']}, version {first['version']}")
@@ -146,13 +150,14 @@ def tell(demo: Demo) -> None:
         demo.line("sent: a message by SMTP, taken with 250")
         expect(subjects(demo, PASSWORD, 1) == ["Welcome"], "the message is not there")
         demo.line("read: the message over IMAPS")
+        aliases_and_senders(demo, ask, home)
         session = demo.mail.imap(ALICE, PASSWORD)
         ask("PATCH", f"/v1/users/{ALICE}", {"state": "suspended", "suspended_reason": "Lost the phone"})
         expect(closed(session), "the open session goes on")
         expect(refused(demo, PASSWORD), "the login still works")
         demo.line("suspended: the open session is gone, the login refused")
         expect(demo.mail.send(ALICE, "While away", "Hello again.\n") == 250, "mail is not taken")
-        demo.mail.wait_for_mail(home, 2)
+        demo.mail.wait_for_mail(home, 3)
         demo.line("           mail still arrives")
         ask("PATCH", f"/v1/users/{ALICE}", {"state": "active"})
         expect(not refused(demo, PASSWORD), "the login is still refused")
@@ -161,7 +166,7 @@ def tell(demo: Demo) -> None:
         expect(demo.mail.send(ALICE, "Too late", "Hello?\n") == 550, "mail is still taken")
         demo.line("deleted: mail is refused with 550, the mailbox is archived")
         ask("POST", f"/v1/users/{first['id']}/restore")
-        expect(subjects(demo, PASSWORD, 2) == ["Welcome", "While away"], "the old mail is not there")
+        expect(subjects(demo, PASSWORD, 3) == ["Welcome", "Help", "While away"], "the old mail is not there")
         demo.line("restored: the old mail is there")
         ask("DELETE", f"/v1/users/{ALICE}")
         other = {**new, "display_name": "Another Alice", "password": SECOND_PASSWORD, "reuse_address": True}
@@ -170,6 +175,38 @@ def tell(demo: Demo) -> None:
         expect(subjects(demo, SECOND_PASSWORD, 0) == [], "the predecessor's mail is there")
         expect(refused(demo, PASSWORD), "the predecessor's password works")
         demo.line(f"taken by someone else: an empty box, uid {second['uid']}, the old password refused")
+
+
+def aliases_and_senders(demo: Demo, ask: Callable[..., dict[str, Any]], home: Path) -> None:
+    bob = Path(ask("POST", "/v1/users", {"address": BOB, "password": PASSWORD})["home"])
+    ask("POST", "/v1/aliases", {"address": POSTMASTER, "kind": "receive_only", "destinations": [ALICE]})
+    expect(demo.mail.send(POSTMASTER, "Help", "Nothing works.\n") == 250, "the alias does not receive")
+    demo.mail.wait_for_mail(home, 2)
+    demo.line(f"alias: {POSTMASTER} leads to alice, and nobody sends as it")
+    ask("POST", "/v1/aliases", {"address": PR, "kind": "send_as", "destinations": [BOB], "designated": [ALICE]})
+    expect(demo.mail.send(PR, "Interview?", "Please.\n") == 250, "the alias does not receive")
+    demo.mail.wait_for_mail(bob, 1)
+    demo.line(f"alias: {PR} leads to bob, and alice is designated to send as it")
+    expect(submitted(demo, ALICE, PR, PR)[0] == 250, "the designated cannot send")
+    demo.mail.wait_for_mail(bob, 2)
+    demo.line("sender: alice sends as pr, taken with 250")
+    code, words = submitted(demo, BOB, PR, PR)
+    expect(code == 553, f"bob can send as pr: {code} {words}")
+    demo.line("sender: bob only receives its mail, and is refused with 553")
+    code, words = submitted(demo, ALICE, ALICE, BOB)
+    expect(500 <= code < 600, f"a forged From is taken: {code} {words}")
+    demo.line(f"forged: alice with bob in From is refused with {code}")
+    print(f"            {words}")
+
+
+def submitted(demo: Demo, login: str, envelope: str, header: str) -> tuple[int, str]:
+    """Hands over a message to bob on port 587: the first refusal, or 250."""
+    with demo.mail.submission(login, PASSWORD) as client:
+        for code, words in (client.mail(envelope), client.rcpt(BOB)):
+            if code != 250:
+                return code, words.decode()
+        code, words = client.data(f"From: <{header}>\r\nTo: <{BOB}>\r\nSubject: demo\r\n\r\ntext\r\n".encode())
+        return code, words.decode()
 
 
 def expect(true: bool, otherwise: str) -> None:
@@ -216,7 +253,7 @@ def stay(demo: Demo) -> None:
     print(
         f"\nIt stays up until Ctrl-C.\n"
         f"  API      {demo.url}/docs   client id {client_id}, secret {secret}\n"
-        f"  SMTP     127.0.0.1:{ports.smtp_port}\n"
+        f"  SMTP     127.0.0.1:{ports.smtp_port}   submission 127.0.0.1:{ports.submission_port} and {ports.submissions_port}\n"
         f"  IMAPS    127.0.0.1:{ports.imaps_port}   POP3S 127.0.0.1:{ports.pop3s_port}   (CA: {demo.mail.ca_file})\n"
         f"  login    {ALICE}, password: {SECOND_PASSWORD}\n"
         f"  homes    {demo.mail.homes}",

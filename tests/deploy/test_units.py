@@ -124,7 +124,13 @@ WRITABLE = {
     "api": set(),
     "service": {"/run/cacert-mail"},
     "policy": set(),
-    "worker": {"/home", "/run/cacert-mail", "-/var/spool/postfix", "-/var/lib/postfix"},
+    "worker": {
+        "/home",
+        "/run/cacert-mail",
+        "/etc/cacert-mail",
+        *("-/var/spool/postfix", "-/var/lib/postfix", "-/var/lib/cacert-mail"),
+        *("-/etc/postfix", "-/etc/dovecot", "-/etc/rspamd"),
+    },
 }
 
 
