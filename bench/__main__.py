@@ -24,6 +24,13 @@ goals are shares of `hello`, taken in the same round; three rounds, of which the
     growth    get, post, list, worker and ready with 1,000 accounts against 100,000: how many times slower (the shares of
               `hello` are compared, where there are any)
 
+    policy    questions a second of Postfix to one core of the policy process, for logins that are busy; and rspamd's
+              question who may write which From
+    aliases   one alias after another on an idle host with 100 of them: from the job's insert to its end, when Postfix
+              answers for it; ten thousand at once: how often the file was made anew; how long that takes for so many lines
+    mail      a message on an open submission connection, with rspamd and the policy process, until an open IMAP connection
+              sees it; single lookups with 1,000 accounts against 100,000
+
 Each figure is a row of `bench/results.json`: name, value, unit, goal, and whether it holds; `null` where there is no goal.
 The exit status is 1 when a goal is missed. Everything is stopped and removed at the end, also on Ctrl-C.
 """
@@ -35,13 +42,16 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bench.aliases import measure_aliases
+from bench.mail import measure_lookups, measure_message
 from bench.measures import QUICK, Http, Ready, Sizes, measure_argon2, measure_http, measure_ready, measure_worker
+from bench.policy import measure_policy
 from bench.system import System, running
 from tests.stack import missing_packages
 
 HTTP = {"get": 20, "post": 7, "list": 5}
 """And the share of `hello`, in percent, that each is to reach."""
-NAMES = ("hello", *HTTP, "argon2", "worker", "ready", "sweep", "growth")
+NAMES = ("hello", *HTTP, "argon2", "worker", "ready", "sweep", "growth", "policy", "aliases", "mail")
 GROWTH = 1.5
 RESULTS = Path(__file__).with_name("results.json")
 
@@ -73,6 +83,10 @@ class Results:
 
 def measure(system: System, wanted: set[str], sizes: Sizes, results: Results) -> None:
     growth = "growth" in wanted
+    lookups: dict[str, float] = {}
+    if "mail" in wanted:
+        system.grow(sizes.few)
+        lookups = measure_lookups(system, sizes.lookups)
     few: tuple[dict[str, Http], float, Ready] | None = None
     if growth:
         say(f"{sizes.few} accounts")
@@ -115,6 +129,25 @@ def measure(system: System, wanted: set[str], sizes: Sizes, results: Results) ->
                 results.add(
                     f"growth: {name}, {sizes.few} against {sizes.many}", ratio, "times slower", f"<= {GROWTH:g}"
                 )
+
+    if "policy" in wanted:
+        say("policy")
+        policy = measure_policy(system, sizes.seconds)
+        results.add("policy: questions of Postfix, one core", policy.rate, "question/s", ">= 5000")
+        results.add("policy: From question, p50", policy.from_p50, "ms", "<= 2")
+    if "aliases" in wanted:
+        say("aliases")
+        with system.worker():
+            aliases = measure_aliases(system, sizes.aliases, sizes.burst)
+        results.add("aliases: job's insert to end when idle, p50", aliases.idle, "ms", "<= 60")
+        results.add(f"aliases: rebuilds for {sizes.burst} at once", aliases.rebuilds, "rebuilds", "<= 20")
+        results.add(f"aliases: one rebuild of {sizes.burst} lines", aliases.rebuild, "ms", "<= 100")
+    if "mail" in wanted:
+        say("mail")
+        results.add("mail: submission to IMAP, p50", measure_message(system, sizes.messages), "ms", "<= 20")
+        for name, now in measure_lookups(system, sizes.lookups).items():
+            ratio = now / lookups[name]
+            results.add(f"mail: {name}, {sizes.few} against {sizes.many}", ratio, "times slower", f"<= {GROWTH:g}")
 
 
 def add_http(results: Results, http: dict[str, Http]) -> None:

@@ -27,9 +27,24 @@ class Sizes:
     hashing: float = 5.0
     at_once: int = 600
     one_by_one: int = 100
+    aliases: int = 15
+    burst: int = 10_000
+    messages: int = 60
+    lookups: int = 40
 
 
-QUICK = Sizes(few=300, many=3_000, seconds=0.5, hashing=2.0, at_once=100, one_by_one=20)
+QUICK = Sizes(
+    few=300,
+    many=3_000,
+    seconds=0.5,
+    hashing=2.0,
+    at_once=100,
+    one_by_one=20,
+    aliases=3,
+    burst=500,
+    messages=10,
+    lookups=10,
+)
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,9 @@ class System:
             UID_LAST=str(self.mail.file.uid_last),
             POSTFIX_CONFIG=str(self.mail.postfix_config),
             POSTFIX_RECIPIENTS=self.mail.recipients_map,
+            POSTFIX_LOCAL_ALIASES=self.mail.local_aliases_map,
+            POSTFIX_VIRTUAL_ALIASES=self.mail.virtual_aliases_map,
+            ALIASES_DIRECTORY=str(self.mail.aliases),
             DOVECOT_CONFIG=str(self.mail.dovecot_config),
         )
         query = "SELECT sweep, TIMESTAMPDIFF(MICROSECOND, started_at, swept_at) FROM host_status WHERE swept_at > '{}'"

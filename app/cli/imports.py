@@ -1,7 +1,7 @@
 """`cacert-mail import`: takes over what an old host has, through the API. For root on the mail host; a dry run unless told.
 
-The rows go through the HTTP API like everybody's. Root does file work only: it looks at homes, writes the list of those that keep
-their owner, and takes lines out of a hand-made alias file once the API has them.
+The rows go through the HTTP API like everybody's. Root does file work only: it looks at homes, writes the list of those that
+keep their owner, and takes lines out of a hand-made alias file once the API has them.
 """
 
 import asyncio
@@ -139,8 +139,8 @@ def _old_home(settings: WorkerSettings, found: os.stat_result | None, path: str)
         return None  # one of ours, from an earlier run
     if found.st_uid < LOWEST or found.st_gid < LOWEST:
         raise Refused(
-            f"{path} belongs to {found.st_uid}:{found.st_gid}, and both must be {LOWEST} at least. Give it a user and a group of "
-            "its own first."
+            f"{path} belongs to {found.st_uid}:{found.st_gid}, and both must be {LOWEST} at least. Give it a user and a "
+            "group of its own first."
         )
     return found
 
@@ -245,9 +245,9 @@ def import_aliases(file: Path, *, apply: bool) -> Tally:
         if apply and made:
             _take_out(file, [entry for entry, _ in made])
             for entry, body in made:
-                body = _until_ready(site, body, f"/v1/aliases/{body['id']}")
-                if not body["ready"]:
-                    typer.echo(f"line {entry.lines.start}: {entry.name}: not ready: {_why(body)}")
+                alias = _until_ready(site, body, f"/v1/aliases/{body['id']}")
+                if not alias["ready"]:
+                    typer.echo(f"line {entry.lines.start}: {entry.name}: not ready: {_why(alias)}")
     return tally
 
 

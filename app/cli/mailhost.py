@@ -20,11 +20,12 @@ R = TypeVar("R")
 
 
 def render(out: Path) -> None:
+    below = out.absolute()
 
     async def work(wanted: Wanted) -> int:
         files = wanted.files
         for path, file in files.items():
-            mailhost.write_below(out.absolute(), path, file)
+            mailhost.write_below(below, path, file)
         return len(files)
 
     typer.echo(f"{_with_wanted(work)} files are below {out}.")

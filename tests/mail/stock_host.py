@@ -1,7 +1,7 @@
-"""A mail host with Debian's own paths and ports, from an empty /etc to mail: run by `test_stock_paths.py` in namespaces of its own.
+"""A mail host with Debian's own paths and ports, from an empty /etc to mail: run by `test_stock_paths.py` in namespaces.
 
-Nothing that it writes, mounts or starts is left when it ends, and nothing of it can be seen outside. It prints what happened, as
-JSON.
+Nothing that it writes, mounts or starts is left when it ends, and nothing of it can be seen outside. It prints what
+happened, as JSON.
 """
 
 import imaplib
@@ -66,7 +66,7 @@ def ours(*arguments: str) -> list[str]:
 
 
 def start(name: str, argv: list[str], **options: Any) -> None:
-    with open(f"/var/log/{name}.out", "ab") as output:
+    with Path(f"/var/log/{name}.out").open("ab") as output:
         subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, **options
         )
@@ -93,7 +93,7 @@ def ask(method: str, path: str, body: Any = None) -> dict[str, Any]:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"http://127.0.0.1:8825{path}", data, headers, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=40) as answer:
+        with urllib.request.urlopen(request, timeout=40) as answer:  # noqa: S310  our own API
             return json.load(answer)
     except urllib.error.HTTPError as error:
         return json.load(error)

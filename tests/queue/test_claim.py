@@ -841,6 +841,22 @@ async def test_a_batch_ends_exactly_the_jobs_that_waited(q: Queue, shared: Share
 
 
 @asynchronous
+async def test_a_waiting_job_that_ended_meanwhile_stays_as_it_is(q: Queue, shared: Shared) -> None:
+    """One with a lane of its own: the API wrote it."""
+    await shared.add(1)
+    claim = await q.claim_one()
+    ids = [await shared.add(number, lane=f"own {number}") for number in (2, 3)]
+    found = {job.id: job for job in await shared.waiting()}
+    for other in await q.claim():
+        await queue.give_up(q.worker, other, "no", q.clock.now)
+    before = [await q.job(job_id) for job_id in ids]
+    await shared.finish(
+        claim, End(1, true_at(1)), End(2, true_at(1), [found[ids[0]]]), End(3, None, [found[ids[1]]], "not yet")
+    )
+    assert [await q.job(job_id) for job_id in ids] == before
+
+
+@asynchronous
 async def test_a_batch_never_lowers_a_version(q: Queue, shared: Shared) -> None:
     await queue.record_all(q.worker, HOST, KIND, {1: true_at(7), 2: true_at(3)}, q.clock.now)
     before = (await q.everything())[1]

@@ -1,12 +1,12 @@
-"""The programs that the host's worker runs: postmap, postfix and doveadm.
+"""The programs that the host's worker runs: postmap, postalias, postfix and doveadm.
 
 SECURITY: runs as root. Takes addresses from rows that an attacker may have written, and parses what programs print,
-some of which repeats such rows. It writes nothing itself; through the programs it empties Dovecot's authentication
-cache, ends sessions and makes Postfix read its configuration again. Each program is called by its absolute path,
-without a shell, in a clean environment and a session of its own, and is killed with its process group at the time
-limit. An address is parsed again before it becomes an operand, so that none begins with `-` (operands follow `--` as
-well), none has a line break (postmap reads lines) and none is a mask (`doveadm kick '*'` ends every session). No secret
-is in any argv.
+some of which repeats such rows. It writes nothing itself; through the programs it builds the map of the alias file,
+empties Dovecot's authentication cache, ends sessions and makes Postfix read its configuration again. Each program is
+called by its absolute path, without a shell, in a clean environment and a session of its own, and is killed with its
+process group at the time limit. An address is parsed again before it becomes an operand, so that none begins with `-`
+(operands follow `--` as well), none has a line break (postmap reads lines) and none is a mask (`doveadm kick '*'` ends
+every session). No secret is in any argv.
 
 What the programs print was found by experiment with Postfix 3.7.11 and Dovecot 2.3.19; the tests hold it.
 """
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar, cast
 
-from app.addresses import MailAddress
+from app.addresses import LocalPart, MailAddress
 from app.workers.host.fs import HostError
 
 _V = TypeVar("_V")
@@ -138,6 +138,9 @@ class Commands:
     """The very map that Postfix asks, such as `proxy:mysql:/etc/postfix/recipients.cf`."""
     dovecot_config: Path | None = None
     """The file dovecot.conf."""
+    local_alias_map: str = ""
+    virtual_alias_map: str = ""
+    """The very maps that Postfix asks for aliases, but for the alias file."""
 
     async def lookup_recipients(self, addresses: Iterable[MailAddress]) -> dict[str, str]:
         """Which of the addresses Postfix's map has, and its values. One call of `postmap -q -` for all of them.
@@ -146,15 +149,51 @@ class Commands:
         warning beside an empty answer counts as a failure too.) `proxy:` maps are tried until the time limit while
         Postfix is down.
         """
-        if self.postfix_config is None:
-            raise NotConfigured("This host has no Postfix.")
-        asked = [MailAddress(address) for address in addresses]
-        argv = ["/usr/sbin/postmap", "-c", str(self.postfix_config), "-q", "-", "--", self.recipient_map]
-        output = await run(argv, stdin="".join(f"{address}\n" for address in asked).encode())
+        return await self._query("postmap", self.recipient_map, [MailAddress(address) for address in addresses])
+
+    async def lookup_local_aliases(self, names: Iterable[LocalPart]) -> dict[str, str]:
+        """The same for the map that local(8) asks after the alias files."""
+        return await self._query("postmap", self.local_alias_map, [LocalPart(name) for name in names])
+
+    async def lookup_virtual_aliases(self, addresses: Iterable[MailAddress]) -> dict[str, str]:
+        """The same for the map that cleanup(8) asks."""
+        return await self._query("postmap", self.virtual_alias_map, [MailAddress(address) for address in addresses])
+
+    async def lookup_file_aliases(self, file: Path, names: Iterable[LocalPart]) -> dict[str, str]:
+        """The same for the map of an alias file. A missing map is CommandFailed."""
+        return await self._query("postalias", f"lmdb:{file}", [LocalPart(name) for name in names])
+
+    async def list_file_aliases(self, file: Path) -> dict[str, str]:
+        """All that the map of an alias file answers, by name."""
+        argv = self._postfix("postalias", "-s", "--", f"lmdb:{file}")
+        output = await run(argv)
+        if output.returncode != 0 or output.stderr:
+            raise CommandFailed(argv, _text(output.stderr))
+        answers = _answers(output.stdout, ":\t")
+        return {name: value for name, value in answers.items() if name != "@" and not name.startswith("YP_")}
+
+    async def build_aliases(self, file: Path) -> None:
+        """Make `<file>.lmdb` from an alias file. For a malformed line postalias(1) exits 0 and only complains."""
+        argv = self._postfix("postalias", "--", f"lmdb:{file}")
+        output = await run(argv)
+        if output.returncode != 0 or output.stderr:
+            raise CommandFailed(argv, _text(output.stderr))
+
+    async def _query(self, program: str, table: str, keys: Sequence[str]) -> dict[str, str]:
+        """Keys are parsed by the caller: one a line."""
+        argv = self._postfix(program, "-q", "-", "--", table)
+        if not keys:
+            return {}
+        output = await run(argv, stdin="".join(f"{key}\n" for key in keys).encode())
         if output.returncode not in (0, 1) or (output.returncode == 1 and output.stderr):
             raise CommandFailed(argv, _text(output.stderr))
-        answers = dict(line.split("\t", 1) for line in _text(output.stdout).split("\n") if "\t" in line)
-        return {address: answers[address] for address in asked if address in answers}
+        answers = _answers(output.stdout, ":\t" if program == "postalias" else "\t")
+        return {key: answers[key] for key in keys if key in answers}
+
+    def _postfix(self, program: str, *arguments: str) -> list[str]:
+        if self.postfix_config is None:
+            raise NotConfigured("This host has no Postfix.")
+        return [f"/usr/sbin/{program}", "-c", str(self.postfix_config), *arguments]
 
     async def lookup_users(self, addresses: Iterable[MailAddress]) -> dict[str, DovecotUser | CommandFailed]:
         """What Dovecot answers for each address: no entry if it knows none, CommandFailed if it could not say.
@@ -275,3 +314,8 @@ class Batched(Generic[_V]):
 
 def _text(printed: bytes) -> str:
     return printed.decode("ascii", "backslashreplace")
+
+
+def _answers(printed: bytes, separator: str) -> dict[str, str]:
+    """`key<separator>value` on each line: postmap puts a tab between, postalias a colon and a tab."""
+    return dict(line.split(separator, 1) for line in _text(printed).split("\n") if separator in line)

@@ -31,11 +31,12 @@ import errno
 import fcntl
 import itertools
 import os
+import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.addresses import DomainName, LocalPart
@@ -108,6 +109,8 @@ class Homes:
     archive: int
     trash: int
     durable: bool
+    groups: dict[int, int] = field(default_factory=dict)
+    """The gid of a uid that has another than itself: of adopted homes alone."""
 
     def path_of(self, home: Home) -> str:
         """The absolute path, as Dovecot sees it; for people and for comparing, never for opening."""
@@ -118,7 +121,7 @@ class Homes:
         """The uid and gid that a home of `uid` has on disk: those of the worker itself where it is not root."""
         if not 0 < uid < 2**32 - 1:  # chown(2) takes the highest, (uid_t) -1, for "leave as it is", which is root.
             raise ValueError(f"{uid} cannot be the uid of a mailbox.")
-        return (uid, uid) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+        return (uid, self.groups.get(uid, uid)) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
 
     def sync(self, *fds: int) -> None:
         if self.durable:
@@ -252,13 +255,17 @@ def ensure_restored(homes: Homes, home: Home, uid: int, user_id: int) -> None:
         homes.sync(parent, homes.archive)
 
 
-def owner_in_place(homes: Homes, home: Home) -> int | None:
-    """Whose uid is on what lies in the place of the home, whatever it is; None if nothing does."""
+def stat_in_place(homes: Homes, home: Home) -> os.stat_result | None:
+    """What lies in the place of the home, whatever it is; None if nothing does."""
     try:
         with _parent(homes, home, make=False) as parent:
-            found = _lstat(parent, home.local_part)
+            return _lstat(parent, home.local_part)
     except FileNotFoundError:
         return None
+
+
+def owner_in_place(homes: Homes, home: Home) -> int | None:
+    found = stat_in_place(homes, home)
     return None if found is None else found.st_uid
 
 
@@ -354,7 +361,7 @@ def ensure_purged(
     homes.sync(homes.archive, homes.trash)
 
 
-def write_file(dir_fd: int, name: str, data: bytes, mode: int, *, durable: bool = True) -> None:
+def write_file(dir_fd: int, name: str, data: bytes, mode: int, *, gid: int = -1, durable: bool = True) -> None:
     """Put `data` in place of file `name` in one step: whoever opens it sees all of the old or all of the new.
 
     The directory must be one in which nobody else may write. A symbolic link of that name is replaced, not followed.
@@ -368,12 +375,146 @@ def write_file(dir_fd: int, name: str, data: bytes, mode: int, *, durable: bool 
     with os.fdopen(fd, "wb") as file:
         file.write(data)
         file.flush()
+        if gid != -1:
+            os.fchown(fd, -1, gid)
         os.fchmod(fd, mode)
         if durable:
             os.fsync(fd)
     os.rename(beside, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
     if durable:
         os.fsync(dir_fd)
+
+
+@contextmanager
+def open_own_directory(path: Path, *, make: bool = True) -> Iterator[int]:
+    """A directory of the worker's own outside the homes; its last part is made, mode 0755, when it is missing.
+
+    Raises UnsafePath for a symbolic link on the way and, as root, if anybody else may write to it or to the one above.
+    """
+    with ExitStack() as stack:
+
+        def keep(fd: int) -> int:
+            stack.callback(os.close, fd)
+            return fd
+
+        try:
+            fd = keep(os.open("/", _DIRECTORY))
+            for name in path.parent.parts[1:]:
+                fd = keep(_enter(fd, name))
+            _refuse_shared(fd, str(path.parent))
+            yield keep(_own_directory(fd, path.name, 0o755, exact=False) if make else _enter(fd, path.name))
+        except NotADirectoryError as error:
+            raise UnsafePath(f"{path}: {error.filename} is a symbolic link, or no directory.") from error
+
+
+def read_file(dir_fd: int | None, name: str, *, limit: int = 64 * 2**20) -> bytes | None:
+    """All of a regular file; None if there is no such file. Raises UnsafePath for anything else, or more than `limit`."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+    except FileNotFoundError:
+        return None
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise UnsafePath(f"{name} is not a file.")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise UnsafePath(f"{name} is longer than {limit} bytes.")
+    return data
+
+
+def has_file(dir_fd: int, name: str) -> bool:
+    """Whether a regular file has the name."""
+    found = _lstat(dir_fd, name)
+    return found is not None and stat.S_ISREG(found.st_mode)
+
+
+def empty_staging(dir_fd: int) -> None:
+    """An empty directory `.new` below `dir_fd`, mode 0700, for files that a program builds from each other."""
+    with _staging(dir_fd) as fd:
+        for name in os.listdir(fd):
+            os.unlink(name, dir_fd=fd)
+
+
+def stage_file(dir_fd: int, name: str, data: bytes, *, durable: bool = True) -> None:
+    """Write a file into `.new`, to be readable for all once it is in place."""
+    with _staging(dir_fd) as fd:
+        write_file(fd, name, data, 0o644, durable=durable)
+
+
+def move_staged(dir_fd: int, *names: str, durable: bool = True) -> None:
+    """Move files of `.new` into place, each in one step, in the order given: the one that counts comes first."""
+    with _staging(dir_fd) as staging:
+        for name in names:
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=staging)
+            try:
+                os.fchmod(fd, 0o644)
+                if durable:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+        for name in names:
+            os.rename(name, name, src_dir_fd=staging, dst_dir_fd=dir_fd)
+        if durable:
+            os.fsync(dir_fd)
+
+
+@contextmanager
+def _staging(dir_fd: int) -> Iterator[int]:
+    fd = _own_directory(dir_fd, ".new", 0o700)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class FileStatus:
+    data: bytes
+    mode: int
+    """The permission bits."""
+    uid: int
+    gid: int
+
+
+def file_status(path: Path) -> FileStatus | None:
+    """A file with its owner; None if there is none. Raises UnsafePath for a symbolic link or anything else."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UnsafePath(f"{path} is a symbolic link.") from error
+        raise
+    with os.fdopen(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise UnsafePath(f"{path} is not a file.")
+        return FileStatus(file.read(), stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
+
+
+def copy_aside(dir_fd: int, below: str, path: Path) -> None:
+    """Keep a file as it is, below a directory of the worker's own, under its whole path. None there: nothing to keep."""
+    kept = file_status(path)
+    if kept is None:
+        return
+    with ExitStack() as stack:
+        fd = dir_fd
+        for name in (*_components(below), *path.parent.parts[1:]):
+            fd = _own_directory(fd, name, 0o700)
+            stack.callback(os.close, fd)
+        write_file(fd, path.name, kept.data, kept.mode & 0o700)
+
+
+def remove_tree(dir_fd: int, name: str) -> None:
+    """A file, or a tree, that nobody but the worker can write to. Nothing there is fine."""
+    if len(_components(name)) != 1:
+        raise UnsafePath(f"{name!r} is not the name of a file.")
+    with suppress(FileNotFoundError):
+        try:
+            os.unlink(name, dir_fd=dir_fd)
+        except IsADirectoryError:
+            shutil.rmtree(name, dir_fd=dir_fd)
 
 
 def hold_lock(path: Path) -> int:

@@ -2,7 +2,7 @@
 
 SECURITY: runs as root with CAP_CHOWN, DAC_OVERRIDE, FOWNER, SETUID, SETGID and KILL. Talks to the database, as its user
 `worker`, and to this host's own programs; to nothing else. Loads nothing of the web side. Its input are the queue's ids and
-the view `worker_users`; it writes through `handlers`, `rows` and `queue.claim` alone.
+the views `worker_users` and `worker_aliases`; it writes through `handlers`, `rows` and `queue.claim` alone.
 """
 
 import asyncio
@@ -21,23 +21,45 @@ import structlog
 from sqlalchemy.exc import DBAPIError
 
 from app.config import WorkerSettings
-from app.db import Clock, Database, is_busy, is_lost, utc_now
-from app.errors import CacertMailError
+from app.db import Clock, Database, is_busy, is_lost, reason_of, utc_now
+from app.errors import CacertMailError, Unavailable
 from app.log import log
 from app.models.jobs import JobState
-from app.queue.claim import Claim, LeaseLost, Outcome, claim, finish, give_up, heartbeat, retry, take_back
-from app.queue.contracts import JobKind
+from app.models.schema import check_schema
+from app.queue.claim import (
+    Claim,
+    End,
+    LeaseLost,
+    Outcome,
+    claim,
+    finish,
+    finish_batch,
+    give_up,
+    heartbeat,
+    record_all,
+    retry,
+    take_back,
+)
+from app.queue.contracts import ALIASES_LANE, ALIASES_SYNC, MAILHOST_LANE, MAILHOST_SYNC, THE_HOST, JobKind
 from app.queue.wake import Listener
+from app.workers.host.adopted import AdoptedHomes
 from app.workers.host.commands import CommandFailed, Commands
 from app.workers.host.fs import FlockHeld, HostError, hold_lock, open_homes
+from app.workers.host.handlers.aliases import follow_accounts, sync_aliases
+from app.workers.host.handlers.mailhost import sync_mailhost
 from app.workers.host.handlers.users import GiveUp, Host, TryAgain, sync_mailbox
 from app.workers.host.rows import write_status
 from app.workers.host.sweep import Report, sweep
 
 R = TypeVar("R")
 
-HANDLERS: dict[str, Callable[[Host, int], Awaitable[Outcome]]] = {JobKind.MAILBOX_SYNC.value: sync_mailbox}
-"""All that root does when it is asked to. A job of another kind is never claimed."""
+HANDLERS: dict[str, Callable[[Host, int], Awaitable[Outcome | list[End]]]] = {
+    JobKind.MAILBOX_SYNC.value: sync_mailbox,
+    JobKind.ALIASES_SYNC.value: sync_aliases,
+    JobKind.MAILHOST_SYNC.value: sync_mailhost,
+}
+"""All that root does when it is asked to. A job of another kind is never claimed. Where one run does for all jobs that wait
+in a lane, it returns an end for each."""
 
 HEARTBEAT = timedelta(seconds=15)
 BUSY_TRIES = 5
@@ -52,19 +74,24 @@ class Worker:
         self.host = host
         self.settings = settings
         self.running: dict[asyncio.Task[None], Claim] = {}
-        self.stopping = asyncio.Event()
+        self.stopping = host.stopping = asyncio.Event()
         self._jitter = jitter or random.Random()  # noqa: S311  spreads retries, guards nothing
         self._lanes: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._outage = False
         self._said = ""
 
     @asynccontextmanager
-    async def lane(self, name: str, subject_id: int) -> AsyncIterator[None]:
+    async def lane(self, name: str, subject_id: int, kind: str) -> AsyncIterator[None]:
         """Within this process: a repair of the sweep and a job never work on the same lane at once.
 
-        Nor on the same subject: a job's lane is what the API wrote, and could name another for the same account.
+        Nor on the same subject: a job's lane is what the API wrote, and could name another for the same account. Of
+        alias jobs, which all write one file, what it wrote is not asked at all.
         """
-        async with self._lock(f"lane {name}"), self._lock(f"subject {subject_id}"):
+        if kind == ALIASES_SYNC:
+            async with self._lock(f"lane {ALIASES_LANE}"):
+                yield
+            return
+        async with self._lock(f"lane {name}"), self._lock(f"subject {kind} {subject_id}"):
             yield
 
     def _lock(self, name: str) -> asyncio.Lock:
@@ -75,7 +102,7 @@ class Worker:
 
     async def round(self) -> int:
         """Claims as many jobs as there is room for and starts them. Returns how many."""
-        free = self.settings.concurrency - len(self.running)
+        free = self._free()
         if free <= 0:
             return 0
         claims = await claim(self.host.database, self.host.name, self.host.clock(), limit=free, kinds=HANDLERS)
@@ -85,6 +112,11 @@ class Worker:
             task.add_done_callback(lambda done: self.running.pop(done, None))
         return len(claims)
 
+    def _free(self) -> int:
+        """An alias job may only be waiting for its turn: the first takes no account's place."""
+        taken = len(self.running) - any(claim.kind == ALIASES_SYNC for claim in self.running.values())
+        return self.settings.concurrency - taken
+
     async def work(self, taken: Claim) -> None:
         """One job, from the claim to its end. Never raises: what cannot be written now is taken back later."""
         structlog.contextvars.bind_contextvars(request_id=taken.request_id, job_id=taken.id)
@@ -93,9 +125,14 @@ class Worker:
         error: str | None = None
         try:
             try:
-                async with self.lane(taken.lane, taken.subject_id):
+                async with self.lane(taken.lane, taken.subject_id, taken.kind):
                     outcome = await HANDLERS[taken.kind](self.host, taken.subject_id)
-                await self._written(lambda: finish(database, taken, outcome, clock()))
+                if isinstance(outcome, Outcome):
+                    await self._written(partial(finish, database, taken, outcome, clock()))
+                else:
+                    write = partial(finish_batch, database, taken, outcome, clock(), jitter=self._jitter)
+                    state = await self._written(write)
+                    error = next(end.error for end in outcome if end.subject_id == taken.subject_id)
             except GiveUp as reason:
                 state, error = JobState.DEAD, str(reason)
                 await self._written(partial(give_up, database, taken, error, clock()))
@@ -149,10 +186,12 @@ class Worker:
         """False when the database was away. When it is back, Postfix is told: it keeps a map down for a minute."""
         try:
             await what()
+        except Unavailable:
+            raise  # The schema is not ours: nothing that another try would mend.
         except Exception as error:
             if is_lost(error):
                 if not self._outage:
-                    log.warning("database_away", kind=type(error).__name__)
+                    log.warning("database_away", kind=type(error).__name__, error=reason_of(error))
                 self._outage = True
             else:
                 # Once, and not at every poll: a schema that is missing stays so until somebody comes.
@@ -178,6 +217,7 @@ class Worker:
         stopped.add_done_callback(lambda _: listener.event.set())
         beats = asyncio.create_task(self._every(HEARTBEAT.total_seconds(), self.beat))
         sweeps = asyncio.create_task(self._every(self.settings.sweep_minutes * 60, self.sweep))
+        follows = asyncio.create_task(self.follow())
         pause = self.settings.poll_seconds
         try:
             while not self.stopping.is_set():
@@ -187,14 +227,14 @@ class Worker:
                     counts.append(await self.round())
 
                 alive = await self.guarded(claim_some)
-                if self.running and len(self.running) >= self.settings.concurrency:
+                if self.running and self._free() <= 0:
                     await asyncio.wait([*self.running, stopped], return_when=asyncio.FIRST_COMPLETED)
                 elif not alive or not started[0]:
                     await self._idle(listener, pause)
         finally:
-            for task in (beats, sweeps, stopped):
+            for task in (beats, sweeps, follows, stopped):
                 task.cancel()
-            await asyncio.gather(beats, sweeps, stopped, return_exceptions=True)
+            await asyncio.gather(beats, sweeps, follows, stopped, return_exceptions=True)
             if self.running:
                 await asyncio.wait(list(self.running), timeout=GRACE)
             for task in list(self.running):
@@ -214,8 +254,43 @@ class Worker:
             alive = await self.guarded(what)
             await asyncio.sleep(min(seconds, self.settings.poll_seconds) if self._outage and not alive else seconds)
 
+    async def follow(self) -> None:
+        """The alias file follows accounts that came to stand. What is missed, by a kill or an error, the sweep finds."""
+        while True:
+            await self.host.somebody_stood.wait()
+            await self.host.alias_pace.wait(self.stopping)
+            self.host.somebody_stood.clear()
+            await self.guarded(self._follow)
+
+    async def _follow(self) -> None:
+        try:
+            async with self.lane(ALIASES_LANE, 0, ALIASES_SYNC):
+                changed = await follow_accounts(self.host)
+        except (TryAgain, HostError, OSError) as error:
+            log.warning("aliases_do_not_follow", error=str(error))
+        else:
+            if changed:
+                log.info("aliases_followed", changed=changed)
+
     async def sweep(self) -> Report:
-        return await sweep(self.host, self.lane)
+        report = await sweep(self.host, self.lane)
+        await self._sweep_mailhost()
+        return report
+
+    async def _sweep_mailhost(self) -> None:
+        """The configuration too: a file that was changed by hand, a certificate that was renewed, a job that was lost."""
+        if self.host.host_file is None:
+            return
+        now = self.host.clock()
+        try:
+            async with self.lane(MAILHOST_LANE, THE_HOST, MAILHOST_SYNC):
+                outcome = await sync_mailhost(self.host, THE_HOST)
+        except (GiveUp, TryAgain) as error:
+            log.error("mailhost_differs", error=str(error))
+            return
+        if outcome.result.get("changed"):
+            log.warning("mailhost_repaired", files=outcome.result["changed"])
+        await record_all(self.host.database, self.host.name, MAILHOST_SYNC, {THE_HOST: outcome}, now)
 
 
 @contextmanager
@@ -245,8 +320,22 @@ async def opened(settings: WorkerSettings, *, clock: Clock = utc_now, make: bool
             postfix_config=settings.postfix_config,
             recipient_map=settings.postfix_recipients,
             dovecot_config=settings.dovecot_config,
+            local_alias_map=settings.postfix_local_aliases,
+            virtual_alias_map=settings.postfix_virtual_aliases,
         )
-        yield Host(settings.mail_host, database, homes, commands, settings.uid_first, settings.uid_last, clock)
+        yield Host(
+            settings.mail_host,
+            database,
+            homes,
+            commands,
+            settings.uid_first,
+            settings.uid_last,
+            clock,
+            aliases_directory=settings.aliases_directory,
+            hand_made_aliases=settings.hand_made_aliases,
+            host_file=settings.host_file,
+            adopted=AdoptedHomes(settings.adopted_homes),
+        )
 
 
 async def run_worker(settings: WorkerSettings, *, clock: Clock = utc_now) -> None:
@@ -274,6 +363,8 @@ async def _begin(worker: Worker) -> None:
     host = worker.host
 
     async def begin() -> None:
+        async with host.database.read.connect() as connection:
+            await check_schema(connection)
         now = host.clock()
         taken = await take_back(host.database, host.name, now, all_running=True)
         release = version("cacert-mail")

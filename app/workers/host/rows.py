@@ -1,7 +1,8 @@
 """What the worker reads from and writes to the database, besides the queue.
 
-SECURITY: runs in the worker (root). Reads `worker_users`, a view without any secret, and believes none of it: every name is
-parsed again here, and a row that does not parse is refused. Writes `applied` and `host_status`, of its own host.
+SECURITY: runs in the worker (root). Reads `worker_users` and `worker_aliases`, views without any secret, and believes none
+of it: every name is parsed again here, and a row that does not parse is refused. Writes `applied` and `host_status`, of
+its own host.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,12 +16,14 @@ from sqlalchemy.exc import IntegrityError
 from app.addresses import DomainName, LocalPart, MailAddress
 from app.db import Database, duplicate_of
 from app.errors import BadAddress
+from app.models.aliases import AliasKind
 from app.models.domains import DomainKind, domains
-from app.models.hosts import host_status
+from app.models.hosts import host_status, hosts
 from app.models.jobs import JobState, applied, jobs
 from app.models.users import UserState
 from app.queue.claim import Outcome, record
-from app.queue.contracts import MAILBOX_SYNC
+from app.queue.contracts import ALIASES_SYNC, MAILBOX_SYNC
+from app.workers.host.alias_file import parse_destination, parse_name
 from app.workers.host.fs import Home
 
 _READ = (
@@ -177,6 +180,106 @@ async def read_batch(
     return batch
 
 
+_alias_view: Any = table(
+    "worker_aliases",
+    *map(column, ("id", "address", "local_part", "domain", "domain_kind", "kind", "version", "deleted_at")),
+)
+_destination_view: Any = table("worker_alias_destinations", *map(column, ("alias_id", "position", "destination")))
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """An alias, as far as the host is concerned."""
+
+    id: int
+    address: MailAddress
+    local_part: LocalPart
+    primary: bool
+    """Of the primary domain: for local(8)."""
+    kind: AliasKind
+    version: int
+    deleted: bool
+    destinations: tuple[str, ...]
+    """Those that mail can be delivered to at present; in order, each once."""
+
+    @property
+    def in_file(self) -> bool:
+        """Whether the alias file is where it belongs."""
+        return self.primary and self.kind is AliasKind.RECEIVE_ONLY and not self.deleted and bool(self.destinations)
+
+
+@dataclass(frozen=True, slots=True)
+class Aliases:
+    """All of them, deleted ones too."""
+
+    rows: dict[int, Alias | BadRow]
+    version: int
+    """The sum of all versions. Rows are never deleted and versions never fall, so it rises with every change."""
+
+
+def parse_alias(row: Row[Any], destinations: Sequence[str]) -> Alias:
+    """Raises BadRow for anything that must not get into the alias file."""
+    try:
+        domain, local_part, address = DomainName(row.domain), LocalPart(row.local_part), MailAddress(row.address)
+        domain_kind, kind = DomainKind(row.domain_kind), AliasKind(row.kind)
+        deleted = row.deleted_at is not None
+        if domain_kind is DomainKind.PRIMARY and not deleted:
+            parse_name(row.local_part)
+        leads_to = tuple(dict.fromkeys(map(parse_destination, destinations)))
+        possible = 0 < row.id < 2**31 and 1 <= row.version < 2**31
+    except (BadAddress, ValueError, TypeError, AttributeError) as error:
+        raise BadRow(f"Alias {row.id!r} has a name, kind or destination that is none: {error}") from None
+    if address != f"{local_part}@{domain}":
+        raise BadRow(f"Alias {row.id} is {address} by its address and {local_part}@{domain} by its parts.")
+    if domain_kind is DomainKind.RELAY:
+        raise BadRow(f"Alias {row.id} is in {domain}, which is passed on to another host.")
+    if not possible:
+        raise BadRow(f"Alias {row.id} has an impossible id or version.")
+    primary = domain_kind is DomainKind.PRIMARY
+    return Alias(row.id, address, local_part, primary, kind, row.version, deleted, leads_to)
+
+
+async def read_aliases(database: Database) -> Aliases:
+    """Rows first: a change in between has a job of its own, which comes later."""
+    async with database.read.connect() as connection:
+        found = (await connection.execute(select(_alias_view).order_by(_alias_view.c.id))).all()
+        ordered = select(_destination_view).order_by(_destination_view.c.alias_id, _destination_view.c.position)
+        destinations: dict[int, list[str]] = {}
+        for row in await connection.execute(ordered):
+            destinations.setdefault(row.alias_id, []).append(row.destination)
+    rows: dict[int, Alias | BadRow] = {}
+    owners: dict[str, int] = {}
+    version = 0
+    for row in found:
+        version += row.version if isinstance(row.version, int) and row.version > 0 else 0
+        try:
+            alias = rows[row.id] = parse_alias(row, destinations.get(row.id, ()))
+            if not alias.deleted and (first := owners.setdefault(alias.address, alias.id)) != alias.id:
+                rows[row.id] = BadRow(f"Alias {alias.id} has the address of alias {first}, {alias.address}.")
+        except BadRow as error:
+            rows[row.id] = error
+    return Aliases(rows, version)
+
+
+async def read_present_aliases(database: Database, host: str, ids: Collection[int] | None = None) -> dict[int, Present]:
+    """What was made true of these aliases, or of all."""
+    query = select(applied).where(applied.c.host == host, applied.c.kind == ALIASES_SYNC)
+    if ids is not None and len(ids) <= 500:
+        query = query.where(applied.c.subject_id.in_(ids))
+    async with database.read.connect() as connection:
+        rows = (await connection.execute(query)).all()
+    return {row.subject_id: Present(row.version, row.stands, row.proofs, row.result) for row in rows}
+
+
+async def aliases_at_work(database: Database, host: str) -> set[int]:
+    """The aliases that a waiting or running job is about."""
+    query = select(jobs.c.subject_id).where(
+        jobs.c.host == host, jobs.c.kind == ALIASES_SYNC, jobs.c.state.in_((JobState.READY, JobState.RUNNING))
+    )
+    async with database.read.connect() as connection:
+        return set((await connection.execute(query)).scalars())
+
+
 async def primary_domain(database: Database) -> str | None:
     async with database.read.connect() as connection:
         query = select(domains.c.name).where(domains.c.kind == DomainKind.PRIMARY)
@@ -205,6 +308,25 @@ async def last_id(database: Database, host: str) -> int:
     query = select(_view.c.id).where(_view.c.host == host).order_by(_view.c.id.desc()).limit(1)
     async with database.read.connect() as connection:
         return (await connection.execute(query)).scalar() or 0
+
+
+@dataclass(frozen=True, slots=True)
+class HostRow:
+    """What the API wants of this host. Nothing of it is checked here."""
+
+    version: int
+    settings: Any
+    primary_domain: str | None
+
+
+async def read_host(database: Database, host: str) -> HostRow:
+    """Raises BadRow when the host is not in the database."""
+    async with database.read.connect() as connection:
+        query = select(hosts.c.version, hosts.c.settings).where(hosts.c.name == host)
+        row = (await connection.execute(query)).one_or_none()
+    if row is None:
+        raise BadRow(f"There is no host {host}: POST /v1/hosts adds it, or MAIL_HOST has another name.")
+    return HostRow(row.version, row.settings, await primary_domain(database))
 
 
 async def write_status(database: Database, host: str, **values: Any) -> None:

@@ -14,8 +14,11 @@ from app.addresses import MailAddress
 from app.db import is_lost
 from app.log import log
 from app.models.users import UserState
+from app.queue.claim import Outcome, record_all
+from app.queue.contracts import ALIASES_LANE, ALIASES_SYNC, MAILBOX_SYNC
 from app.workers.host.commands import CommandFailed, DovecotUser, NotConfigured
 from app.workers.host.fs import HostError, has_archive, list_archives, list_homes, owner_in_place
+from app.workers.host.handlers.aliases import compare_map, ensure_file, make_plan, make_true, prove
 from app.workers.host.handlers.users import (
     GiveUp,
     Host,
@@ -26,15 +29,19 @@ from app.workers.host.handlers.users import (
     sync_mailbox,
 )
 from app.workers.host.rows import (
+    Alias,
     BadRow,
     Mailbox,
     Present,
+    aliases_at_work,
     ids_at,
     known_ids,
     last_id,
     others_of,
     primary_domain,
+    read_aliases,
     read_batch,
+    read_present_aliases,
     write_applied,
     write_status,
 )
@@ -43,7 +50,7 @@ BATCH = 1000
 SHOWN = 50
 """Differences that the report keeps in words; the counts have all."""
 
-Lane = Callable[[str, int], AbstractAsyncContextManager[Any]]
+Lane = Callable[[str, int, str], AbstractAsyncContextManager[Any]]
 
 
 @dataclass(slots=True)
@@ -55,10 +62,12 @@ class Report:
     repaired: int = 0
     left: int = 0
     lines: list[str] = field(default_factory=list)
+    aliases: int = 0
 
     @property
     def summary(self) -> str:
-        return f"{self.seen} accounts compared, {self.differ} differed, {self.repaired} repaired, {self.left} left."
+        what = f"{self.seen} accounts" + (f" and {self.aliases} aliases" if self.aliases else "")
+        return f"{what} compared, {self.differ} differed, {self.repaired} repaired, {self.left} left."
 
     def note(self, line: str) -> None:
         if len(self.lines) < SHOWN:
@@ -71,13 +80,14 @@ class Report:
             "repaired": self.repaired,
             "left": self.left,
             "lines": self.lines,
+            "aliases": self.aliases,
         }
 
 
 async def sweep(host: Host, lane: Lane, *, dry_run: bool = False) -> Report:
     """Over all accounts of this host in the order of their ids, a thousand at a time; programs are asked once a batch.
 
-    Accounts that a job is about at the moment are the job's business.
+    Then over all aliases at once. What a job is about at the moment is the job's business.
     """
     report = Report()
     for after in range(0, await last_id(host.database, host.name), BATCH):
@@ -96,6 +106,8 @@ async def sweep(host: Host, lane: Lane, *, dry_run: bool = False) -> Report:
             else:
                 report.left += 1
                 report.note(f"user {user_id}: {why}: {outcome}")
+    async with lane(ALIASES_LANE, 0, ALIASES_SYNC):
+        await _aliases(host, report, dry_run=dry_run)
     await _strangers(host, report)
     if not dry_run:
         now = host.clock()
@@ -108,7 +120,7 @@ async def sweep(host: Host, lane: Lane, *, dry_run: bool = False) -> Report:
 async def _repair(host: Host, lane: Lane, mailbox: Mailbox) -> str | None:
     """None when it is as it should be now; otherwise why not."""
     try:
-        async with lane(mailbox.address, mailbox.id):
+        async with lane(mailbox.address, mailbox.id, MAILBOX_SYNC):
             outcome = await sync_mailbox(host, mailbox.id)
             await write_applied(host.database, host.name, mailbox.id, outcome, host.clock())
     except (TryAgain, GiveUp, OSError) as error:
@@ -157,7 +169,7 @@ async def _differences(
                 proofs["postfix"] = judge_recipient(mailbox, recipients.get(mailbox.address))
             if logins is not None:
                 home = host.homes.path_of(mailbox.home)
-                proofs["dovecot"] = _judge(logins.get(mailbox.address), host.owner_of(mailbox), home)
+                proofs["dovecot"] = _judge(logins.get(mailbox.address), host.ids_of(mailbox), home)
         elif mailbox.address in (recipients or {}) or mailbox.address in (logins or {}):
             proofs |= await _judge_deleted(host, mailbox, recipients or {}, logins or {})
         failed = [f"{name}: {proof['detail']}" for name, proof in proofs.items() if proof["result"] == "failed"]
@@ -187,10 +199,10 @@ async def _judge_deleted(
     return found
 
 
-def _judge(answer: DovecotUser | CommandFailed | None, uid: int, home: str) -> dict[str, Any]:
+def _judge(answer: DovecotUser | CommandFailed | None, ids: tuple[int, int], home: str) -> dict[str, Any]:
     if isinstance(answer, CommandFailed):
         return {"result": "failed", "detail": str(answer)}
-    return judge_login(answer, uid, home)
+    return judge_login(answer, ids, home)
 
 
 def _look(host: Host, mailbox: Mailbox, present: Present) -> dict[str, Any]:
@@ -209,6 +221,84 @@ def _look(host: Host, mailbox: Mailbox, present: Present) -> dict[str, Any]:
     if not archived and present.get("archived"):
         return {"result": "failed", "detail": "its archive is gone"}
     return {"result": "ok", "detail": None}
+
+
+async def _aliases(host: Host, report: Report, *, dry_run: bool) -> None:
+    """The alias file, and what Postfix's maps answer for every alias; one call of each program for all."""
+    at_work = await aliases_at_work(host.database, host.name)
+    aliases = await read_aliases(host.database)
+    present = await read_present_aliases(host.database, host.name)
+    mine = {alias_id: alias for alias_id, alias in aliases.rows.items() if alias_id not in at_work}
+    report.aliases = len(mine)
+    others: list[str] = []
+    reasons: dict[int, str] = {}
+    outdated: set[int] = set()
+    try:
+        plan = await make_plan(host, aliases)
+        differ, others = await compare_map(host, aliases, plan)
+        if others and not dry_run:
+            await ensure_file(host, plan, aliases.version, force=True)
+        verdicts = await prove(host, aliases, plan, [alias for alias in mine.values() if isinstance(alias, Alias)])
+    except (TryAgain, HostError, OSError) as error:
+        for line in (*([] if at_work else others), str(error)):
+            _strange(report, line)
+        return
+    for alias_id, alias in mine.items():
+        before = present.get(alias_id, Present())
+        recorded = (before.proofs or {}).get("postfix", {})
+        if isinstance(alias, BadRow):
+            reasons[alias_id] = str(alias)
+        elif before.version != alias.version and alias_id not in plan.refused:
+            reasons[alias_id] = f"version {before.version} is applied, {alias.version} is wanted"
+        elif alias_id in differ:
+            reasons[alias_id] = differ[alias_id]
+        elif failed := verdicts[alias_id].error:
+            reasons[alias_id] = failed
+        elif recorded.get("result") == "failed":
+            reasons[alias_id] = f"postfix: {recorded['detail']}"
+        elif recorded != verdicts[alias_id].proof:
+            outdated.add(alias_id)
+    await _repair_aliases(host, report, reasons, outdated, present, dry_run=dry_run)
+    # While jobs wait the file is not yet what the rows say. What an alias's own line tells is not told twice.
+    for line in [] if at_work or (reasons and not dry_run) else others:
+        report.differ += 1
+        report.repaired += not dry_run
+        report.left += dry_run
+        report.note(line if dry_run else f"{line}: repaired")
+
+
+async def _repair_aliases(
+    host: Host,
+    report: Report,
+    reasons: dict[int, str],
+    outdated: set[int],
+    present: dict[int, Present],
+    *,
+    dry_run: bool,
+) -> None:
+    """`outdated` are those whose recorded proof is right, but says it in the words of another day."""
+    outcomes: dict[int, Outcome] = {}
+    errors: dict[int, tuple[str, bool]] = dict.fromkeys(reasons, ("", False))
+    if not dry_run and (reasons or outdated):
+        try:
+            outcomes, errors = await make_true(host, [*reasons, *outdated])
+        except (TryAgain, HostError, OSError) as error:
+            errors = {alias_id: (str(error), False) for alias_id in reasons}
+    changed = {}
+    for alias_id, outcome in outcomes.items():
+        before = present.get(alias_id, Present())
+        if (outcome.version, outcome.stands, outcome.proofs) != (before.version, before.stands, before.proofs):
+            changed[alias_id] = outcome
+    await record_all(host.database, host.name, ALIASES_SYNC, changed, host.clock())
+    for alias_id, why in sorted(reasons.items()):
+        report.differ += 1
+        if alias_id in errors:
+            again, _ = errors[alias_id]
+            report.left += 1
+            report.note(f"alias {alias_id}: {why}" + (f": {again}" if again and again != why else ""))
+        else:
+            report.repaired += 1
+            report.note(f"alias {alias_id}: {why}: repaired")
 
 
 async def _strangers(host: Host, report: Report) -> None:

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import delete, select, tuple_
 
 from app.config import ServiceSettings
-from app.db import Clock, Database, is_lost, utc_now
+from app.db import Clock, Database, is_lost, reason_of, utc_now
 from app.log import log
 from app.models.hosts import SERVICE_HOST
 from app.models.idempotency_keys import idempotency_keys
@@ -47,7 +47,7 @@ async def run_service(settings: ServiceSettings, *, clock: Clock = utc_now) -> N
                 if not is_lost(error):
                     log.error("service_round_failed", exc_info=error)
                 elif not away:
-                    log.warning("database_away", kind=type(error).__name__)
+                    log.warning("database_away", kind=type(error).__name__, error=reason_of(error))
                 away = is_lost(error)
             else:
                 if away:

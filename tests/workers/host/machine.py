@@ -25,6 +25,7 @@ from app.db import Database
 from app.models.domains import DomainKind
 from app.models.jobs import applied, jobs
 from app.models.users import users
+from app.queue.contracts import MAILBOX_SYNC
 from app.services.changes import Change
 from app.services.domains import create_domain
 from app.services.users import NewUser, change_user, create_user, delete_user, purge_user, restore_user
@@ -81,11 +82,13 @@ class Machine:
 
     async def applied(self, user_id: int) -> Row[Any] | None:
         async with self.api.read.connect() as connection:
-            return (await connection.execute(select(applied).where(applied.c.subject_id == user_id))).one_or_none()
+            query = select(applied).where(applied.c.kind == MAILBOX_SYNC, applied.c.subject_id == user_id)
+            return (await connection.execute(query)).one_or_none()
 
     async def ready(self) -> int:
         """How many accounts are as they should be."""
-        query = select(func.count()).select_from(users.join(applied, applied.c.subject_id == users.c.id))
+        about = (applied.c.subject_id == users.c.id) & (applied.c.kind == MAILBOX_SYNC)
+        query = select(func.count()).select_from(users.join(applied, about))
         async with self.api.read.connect() as connection:
             return (await connection.execute(query.where(applied.c.version == users.c.version))).scalar_one()
 
@@ -167,6 +170,7 @@ async def until(condition: Callable[[], Awaitable[object]], *, seconds: float = 
 def environment(settings: WorkerSettings, **more: str) -> dict[str, str]:
     names = ("wake_directory", "mail_host", "host_root", "uid_first", "uid_last", "lock_file", "durable", "log_format")
     names += ("postfix_config", "postfix_recipients", "dovecot_config")
+    names += ("postfix_local_aliases", "postfix_virtual_aliases", "aliases_directory", "hand_made_aliases")
     given = {name.upper(): str(value) for name in names if (value := getattr(settings, name)) is not None}
     url = settings.database_url.get_secret_value()
     return (

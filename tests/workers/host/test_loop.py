@@ -25,9 +25,10 @@ from app.db import utc_now
 from app.log import set_up_logging
 from app.models.hosts import host_status
 from app.models.jobs import JobState, jobs
+from app.models.schema import REVISION
 from app.queue import claim as queue
 from app.queue.claim import MAX_ATTEMPTS, Outcome
-from app.queue.contracts import MAILBOX_SYNC
+from app.queue.contracts import ALIASES_LANE, ALIASES_SYNC, MAILBOX_SYNC, MAILHOST_LANE, MAILHOST_SYNC
 from app.queue.wake import Listener, wake
 from app.workers.host import fs
 from app.workers.host import loop as loop_module
@@ -78,6 +79,24 @@ def states(machine: Machine, *wanted: JobState) -> Callable[[], Awaitable[bool]]
 @pytest.fixture
 def handle(monkeypatch: pytest.MonkeyPatch) -> Callable[[Handler], None]:
     return lambda handler: monkeypatch.setitem(loop_module.HANDLERS, MAILBOX_SYNC, handler)
+
+
+# Lanes
+
+
+@only_sqlite
+async def test_the_same_number_of_another_kind_is_another_subject(
+    machine: Machine, worker_settings: WorkerSettings
+) -> None:
+    """Account 1, alias 1 and the host itself, which is always 1, wait for nobody but their own."""
+    worker = Worker(machine.host, worker_settings)
+    async with (
+        asyncio.timeout(1),
+        worker.lane("ann@cacert.test", 1, MAILBOX_SYNC),
+        worker.lane(ALIASES_LANE, 1, ALIASES_SYNC),
+        worker.lane(MAILHOST_LANE, 1, MAILHOST_SYNC),
+    ):
+        pass
 
 
 # Claiming
@@ -159,7 +178,7 @@ async def test_a_sweep_and_a_job_share_the_lane(
     handle(quick)
     await machine.create()
     async with running(machine, worker_settings) as worker:
-        async with worker.lane("ann@cacert.test", 0):
+        async with worker.lane("ann@cacert.test", 0, MAILBOX_SYNC):
             await until(states(machine, JobState.RUNNING))
             assert not begun.is_set()
         await until(states(machine, JobState.DONE))
@@ -607,6 +626,30 @@ async def test_a_directory_that_is_not_safe_is_one_clear_line(
         "",
         f"HOST_ROOT ({machine.root}): {machine.root} is drwxrwxrwx 0:0: root alone must own it and be able to write there.\n",
     )
+
+
+async def test_a_schema_that_is_missing_is_one_clear_line(machine: Machine, worker_settings: WorkerSettings) -> None:
+    await machine.as_owner("UPDATE alembic_version SET version_num = '2026_01_01_older'")
+    try:
+        with worker_process(worker_settings) as process:
+            said = await asyncio.to_thread(process.communicate, timeout=10)
+    finally:
+        await machine.as_owner(f"UPDATE alembic_version SET version_num = '{REVISION}'")
+    assert process.returncode == 1
+    assert said[0] == ""
+    assert said[1].splitlines()[-1].startswith("The schema is at 2026_01_01_older, this release needs ")
+    assert said[1].count("\n") == 1
+
+
+@only_sqlite
+@pytest.mark.parametrize("setting", ["lock_file", "host_root"])
+async def test_a_setting_that_leads_nowhere_is_named(
+    machine: Machine, worker_settings: WorkerSettings, setting: str
+) -> None:
+    path = worker_settings.lock_file.parent / "nowhere/file"
+    with worker_process(worker_settings.model_copy(update={setting: path})) as process:
+        said = await asyncio.to_thread(process.communicate, timeout=10)
+    assert (process.returncode, said) == (1, ("", f"{setting.upper()} ({path}): No such file or directory\n"))
 
 
 async def test_killed_in_a_burst_and_nothing_is_lost(machine: Machine, worker_settings: WorkerSettings) -> None:

@@ -413,7 +413,7 @@ async def test_three_thousand_accounts(machine: Machine, worker_settings: Worker
         assert (await connection.execute(select(func.count()).select_from(applied))).scalar() == 3000
         [status] = (await connection.execute(select(host_status))).all()
     assert (status.host, status.swept_at) == (HOST, machine.clock.now)
-    assert status.sweep == {"seen": 3000, "differ": 0, "repaired": 0, "left": 0, "lines": []}
+    assert status.sweep == {"seen": 3000, "differ": 0, "repaired": 0, "left": 0, "lines": [], "aliases": 0}
     mailbox, present = await read_mailbox(machine.host.database, HOST, 3000)
     assert (mailbox.address, present.stands) == ("u2998@cacert.test", True)
 

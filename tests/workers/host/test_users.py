@@ -66,6 +66,7 @@ async def test_active(machine: Machine) -> None:
     assert (row.version, row.stands) == (1, True)
     assert row.result == {
         "uid": UID_FIRST + ann,
+        "gid": UID_FIRST + ann,
         "home": str(machine.home()),
         "archived": False,
         "access_ended_at": None,
@@ -121,6 +122,7 @@ async def test_deleted_restored_and_purged(machine: Machine) -> None:
     assert (row.version, row.stands) == (2, False)
     assert row.result == {
         "uid": UID_FIRST + ann,
+        "gid": UID_FIRST + ann,
         "home": None,
         "archived": True,
         "access_ended_at": machine.clock.now.isoformat(),
@@ -537,7 +539,7 @@ async def run_killed(machine: Machine, steps: Steps, user_id: int, at: int) -> b
 async def end_of(machine: Machine, user_id: int, name: str) -> Any:
     """Where all ended up, without what differs by account."""
     row = await machine.applied(user_id)
-    result = {key: value for key, value in row.result.items() if key not in ("uid", "home")}
+    result = {key: value for key, value in row.result.items() if key not in ("uid", "gid", "home")}
     return (
         state_of(machine, user_id, name),
         await machine.shown(user_id),

@@ -25,11 +25,13 @@ from collections.abc import Callable, Container
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from app.db import Clock, Database
 from app.models.users import UserState
 from app.queue.claim import Outcome
+from app.workers.host.adopted import AdoptedHomes
 from app.workers.host.commands import Batched, CommandFailed, Commands, DovecotUser, NotConfigured
 from app.workers.host.fs import (
     ArchiveMissing,
@@ -43,6 +45,7 @@ from app.workers.host.fs import (
     has_archive,
     refuse_unknown,
 )
+from app.workers.host.pace import Pace
 from app.workers.host.rows import BadRow, Mailbox, Present, others_of, read_mailbox, write_applied
 
 R = TypeVar("R")
@@ -72,8 +75,19 @@ class Host:
     uid_first: int
     uid_last: int
     clock: Clock
+    host_file: Path | None = None
+    """What `mailhost.sync` makes this host's configuration from; None: its programs are configured by somebody else."""
+    adopted: AdoptedHomes = field(default_factory=lambda: AdoptedHomes(None))
     trust_homes: bool = False
     """Believe that files of which the database knows nothing belong to the account whose uid, or id, they have."""
+    aliases_directory: Path = Path("/etc/cacert-mail/aliases")
+    hand_made_aliases: Path | None = None
+    alias_pace: Pace = field(default_factory=Pace)
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the worker is told to end: nobody waits for anything but work then."""
+    stood: int = 0
+    """Accounts that came to stand since the alias file was last compared with the rows (decision 15)."""
+    somebody_stood: asyncio.Event = field(default_factory=asyncio.Event)
     ask_postfix: Batched[str] = field(init=False)
     ask_dovecot: Batched[DovecotUser] = field(init=False)
 
@@ -82,7 +96,16 @@ class Host:
         self.ask_dovecot = Batched(self.commands.lookup_users)
 
     def uid_of(self, mailbox: Mailbox) -> int:
-        """The uid that this user's files have, from the host's own range."""
+        """The uid that this user's files have, from the host's own range, or the one of an adopted home."""
+        try:
+            kept = self.adopted.find(mailbox.id, mailbox.address)
+        except HostError as error:
+            raise GiveUp(str(error)) from None
+        if kept is not None:
+            if self.uid_first <= kept.uid <= self.uid_last:
+                raise GiveUp(f"The adopted home of user {mailbox.id} has uid {kept.uid}, which is another user's.")
+            self.homes.groups[kept.uid] = kept.gid
+            return kept.uid
         uid = self.uid_first + mailbox.id
         if uid > self.uid_last:
             raise GiveUp(
@@ -92,7 +115,11 @@ class Host:
 
     def owner_of(self, mailbox: Mailbox) -> int:
         """The uid that they really have: without root, the worker's own."""
-        return self.homes.owner_of(self.uid_of(mailbox))[0]
+        return self.ids_of(mailbox)[0]
+
+    def ids_of(self, mailbox: Mailbox) -> tuple[int, int]:
+        """The same, and the gid."""
+        return self.homes.owner_of(self.uid_of(mailbox))
 
     def owners(self) -> Container[int]:
         """The uids that homes of ours can have: a range, or without root the worker's own alone."""
@@ -125,7 +152,7 @@ async def sync_mailbox(host: Host, user_id: int) -> Outcome:
         raise GiveUp(str(error)) from None
 
 
-async def _on_disk(work: Callable[[], R], *, stopped: threading.Event | None = None) -> R:
+async def on_disk(work: Callable[[], R], *, stopped: threading.Event | None = None) -> R:
     """In a thread. A job that is cancelled meanwhile ends, and leaves its lane, only when the thread has ended."""
     thread = asyncio.get_running_loop().run_in_executor(None, work)
     try:
@@ -141,9 +168,10 @@ async def _on_disk(work: Callable[[], R], *, stopped: threading.Event | None = N
 
 
 async def _refuse_unknown(host: Host, mailbox: Mailbox, present: Present, *, look_in_place: bool = True) -> None:
-    if present.version == 0 and present.get("home") is None and not host.trust_homes:
+    adopted = host.adopted.find(mailbox.id, mailbox.address)
+    if present.version == 0 and present.get("home") is None and not adopted and not host.trust_homes:
         uid = host.uid_of(mailbox)
-        await _on_disk(partial(refuse_unknown, host.homes, mailbox.home, uid, mailbox.id, look_in_place=look_in_place))
+        await on_disk(partial(refuse_unknown, host.homes, mailbox.home, uid, mailbox.id, look_in_place=look_in_place))
 
 
 async def _make_stand(host: Host, mailbox: Mailbox, present: Present) -> Outcome:
@@ -155,9 +183,10 @@ async def _make_stand(host: Host, mailbox: Mailbox, present: Present) -> Outcome
         await _refuse_unknown(host, mailbox, present)
         if present.result is not None or host.trust_homes:
             await _bring_back(host, mailbox, present, uid)
-    home = await _on_disk(partial(ensure_home, host.homes, mailbox.home, uid))
+    home = await on_disk(partial(ensure_home, host.homes, mailbox.home, uid))
     result = {
-        "uid": host.owner_of(mailbox),
+        "uid": host.ids_of(mailbox)[0],
+        "gid": host.ids_of(mailbox)[1],
         "home": home,
         "archived": False,
         "access_ended_at": present.get("access_ended_at"),
@@ -165,6 +194,8 @@ async def _make_stand(host: Host, mailbox: Mailbox, present: Present) -> Outcome
     if not present.stands or (present.get("uid"), present.get("home")) != (result["uid"], home):
         standing = Outcome(present.version, True, present.proofs or {}, result)
         await write_applied(host.database, host.name, mailbox.id, standing, host.clock())
+        host.stood += 1
+        host.somebody_stood.set()
     if present.version > 0:
         # Dovecot remembers what it looked up before: the quota, the home, or that there was none.
         await host.commands.flush_auth_cache(mailbox.address)
@@ -183,7 +214,7 @@ async def _bring_back(host: Host, mailbox: Mailbox, present: Present, uid: int) 
         outcome = Outcome(present.version, False, present.proofs or {}, moving)
         await write_applied(host.database, host.name, mailbox.id, outcome, host.clock())
     try:
-        await _on_disk(partial(ensure_restored, host.homes, mailbox.home, uid, mailbox.id))
+        await on_disk(partial(ensure_restored, host.homes, mailbox.home, uid, mailbox.id))
     except ArchiveMissing:
         if present.get("archived"):
             raise
@@ -193,6 +224,7 @@ async def _make_away(host: Host, mailbox: Mailbox, present: Present) -> Outcome:
     uid = host.uid_of(mailbox)
     result = {
         "uid": present.get("uid"),
+        "gid": present.get("gid"),
         "home": present.get("home"),
         "archived": bool(present.get("archived")),
         "access_ended_at": present.get("access_ended_at"),
@@ -206,7 +238,7 @@ async def _make_away(host: Host, mailbox: Mailbox, present: Present) -> Outcome:
     may_lie_there = await _may_lie_there(host, mailbox, present)
     await _refuse_unknown(host, mailbox, present, look_in_place=may_lie_there)
     if may_lie_there:
-        await _on_disk(partial(ensure_archived, host.homes, mailbox.home, uid, mailbox.id))
+        await on_disk(partial(ensure_archived, host.homes, mailbox.home, uid, mailbox.id))
     archived = has_archive(host.homes, mailbox.id)
     if result["archived"] and not archived and not mailbox.purged:
         raise ArchiveMissing(f"The archive of user {mailbox.id} is gone, and its mail with it.")
@@ -214,7 +246,7 @@ async def _make_away(host: Host, mailbox: Mailbox, present: Present) -> Outcome:
     detail = "archived" if archived else "there was none to keep"
     if mailbox.purged:
         stopped = threading.Event()
-        await _on_disk(partial(ensure_purged, host.homes, mailbox.id, stopped=stopped.is_set), stopped=stopped)
+        await on_disk(partial(ensure_purged, host.homes, mailbox.id, stopped=stopped.is_set), stopped=stopped)
         result["archived"], detail = False, "purged"
     proofs: dict[str, Any] = {"maildir": {"result": "ok", "detail": detail}}
     proofs["postfix"], proofs["dovecot"] = await asyncio.gather(
@@ -295,17 +327,17 @@ async def _prove_login(host: Host, mailbox: Mailbox, home: str) -> dict[str, Any
         found = await host.ask_dovecot(mailbox.address)
     except NotConfigured:
         return NOT_CONFIGURED
-    return judge_login(found, host.owner_of(mailbox), home)
+    return judge_login(found, host.ids_of(mailbox), home)
 
 
 def judge_recipient(mailbox: Mailbox, found: str | None) -> dict[str, Any]:
     return _ok("its map has the address") if found == mailbox.address else _failed("its map does not have the address")
 
 
-def judge_login(found: DovecotUser | None, uid: int, home: str) -> dict[str, Any]:
+def judge_login(found: DovecotUser | None, ids: tuple[int, int], home: str) -> dict[str, Any]:
     if found is None:
         return _failed("it does not know the login")
-    if (found.uid, found.gid, found.home) != (uid, uid, home):
+    if (found.uid, found.gid, found.home) != (*ids, home):
         return _failed(f"it has uid {found.uid}, gid {found.gid} and home {found.home} for the login")
     return _ok("it knows the login, with uid and home")
 

@@ -1,0 +1,60 @@
+"""The mail programs with everything of ours in the path: a message from SMTP to IMAP, and single lookups."""
+
+import imaplib
+import smtplib
+import statistics
+import subprocess
+import time
+
+from bench.system import System
+from tests.stack.mail import PRIMARY_DOMAIN
+
+PASSWORD = "seven green lanterns over the harbour"
+NAME = f"user1@{PRIMARY_DOMAIN}"
+
+
+def measure_message(system: System, count: int) -> float:
+    """Milliseconds from DATA on an open submission connection, with rspamd and the policy process, until an open IMAP
+    connection sees the message; the median."""
+    hashed = system.mail.doveadm("pw", "-s", "SHA512-CRYPT", "-p", PASSWORD).strip()
+    before = system.mariadb.sql("SELECT password_hash FROM users WHERE id = 1", "owner")[0][0]
+    system.mariadb.sql(f"UPDATE users SET password_hash = '{hashed}' WHERE id = 1", "owner")
+    system.mail.doveadm("auth", "cache", "flush")
+    try:
+        with system.mail.submission(NAME, PASSWORD) as sender, system.mail.imap(NAME, PASSWORD) as reader:
+            return statistics.median(_one(sender, reader) for _ in range(count)) * 1e3
+    finally:
+        system.mariadb.sql(f"UPDATE users SET password_hash = '{before}' WHERE id = 1", "owner")
+
+
+def _one(sender: smtplib.SMTP, reader: imaplib.IMAP4_SSL) -> float:
+    there = int(reader.select("INBOX")[1][0] or 0)
+    message = f"From: <{NAME}>\r\nTo: <{NAME}>\r\nSubject: bench\r\n\r\n{'text ' * 200}\r\n"
+    began = time.perf_counter()
+    refused = sender.sendmail(NAME, [NAME], message)
+    if refused:
+        raise RuntimeError(f"refused: {refused}")
+    while int((reader.status("INBOX", "(MESSAGES)")[1][0] or b"").split()[-1].rstrip(b")")) <= there:
+        if time.perf_counter() - began > 10:
+            raise RuntimeError("the message does not arrive")
+    return time.perf_counter() - began
+
+
+def measure_lookups(system: System, count: int) -> dict[str, float]:
+    """Milliseconds for one address: Postfix's recipients, its senders, and Dovecot; medians."""
+    config = str(system.mail.postfix_config)
+    commands = {
+        "postmap recipients": ["postmap", "-c", config, "-q", "{}", system.mail.recipients_map],
+        "postmap senders": ["postmap", "-c", config, "-q", "{}", f"proxy:mysql:{config}/senders.cf"],
+        "doveadm user": ["doveadm", "-c", str(system.mail.dovecot_config), "user", "{}"],
+    }
+    found = {}
+    for name, argv in commands.items():
+        took = []
+        for number in range(count):
+            address = system.address(1 + number * 7 % system.accounts)
+            began = time.perf_counter()
+            subprocess.run([part.format(address) for part in argv], stdout=subprocess.DEVNULL, check=True)
+            took.append(time.perf_counter() - began)
+        found[name] = statistics.median(took) * 1e3
+    return found
