@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ROOT_PACKAGES := mariadb-server mariadb-client postfix postfix-mysql postfix-lmdb dovecot-core dovecot-imapd dovecot-pop3d \
-	dovecot-lmtpd dovecot-mysql
+	dovecot-lmtpd dovecot-mysql rspamd postsrsd
 TEST_PACKAGES := $(ROOT_PACKAGES) chromium php-cli php-curl curl libcap2-bin e2fsprogs mount systemd
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

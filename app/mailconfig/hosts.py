@@ -5,12 +5,15 @@ and switches only, each within a range. `HostFile` comes from a file that root a
 the same, by what they may contain, because each ends in a configuration file where a newline or a `$` would speak.
 """
 
+import os
 import re
+import stat
+import tomllib
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from app.addresses import DomainName
 
@@ -46,6 +49,8 @@ HostName = Annotated[str, AfterValidator(_host_name)]
 HostPath = Annotated[Path, AfterValidator(_path)]
 Secret = Annotated[SecretStr, AfterValidator(_secret)]
 Uid = Annotated[int, Field(ge=1000, lt=2**31)]
+SystemUid = Annotated[int, Field(ge=100, lt=2**31)]
+"""At least what virtual(8) takes at least (virtual_minimum_uid)."""
 
 
 class HostSettings(BaseModel):
@@ -54,6 +59,10 @@ class HostSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     smtp_port: Port = 25
+    submission_port: Port = 587
+    """Where users send, with STARTTLS, which a client must use before it signs in."""
+    submissions_port: Port = 465
+    """The same with TLS from the first octet on (RFC 8314)."""
     imap_port: Port = 143
     """With STARTTLS, which a client must use before it signs in."""
     imaps_port: Port = 993
@@ -63,6 +72,16 @@ class HostSettings(BaseModel):
     """On 127.0.0.1 only: Postfix hands mail over to Dovecot there."""
     quota_port: Port = 12340
     """On 127.0.0.1 only: Postfix asks Dovecot there whether a mailbox is full."""
+    policy_port: Port = 10031
+    """On 127.0.0.1 only: Postfix asks the policy process there about each recipient of a user's message."""
+    from_port: Port = 10032
+    """On 127.0.0.1 only: rspamd asks the policy process there who may write which From."""
+    srs: bool = False
+    """Whether mail that comes in and may go on to another server gets an envelope sender of ours (SRS), with postsrsd. Else
+    it keeps its own, for which the other server may refuse it (SPF, RFC 7208)."""
+    srs_forward_port: Port = 10001
+    srs_reverse_port: Port = 10002
+    """On 127.0.0.1 only: Postfix asks postsrsd there."""
     message_size_limit: Annotated[int, Field(ge=65_536, le=2**30)] = 50 * 2**20
     """Octets in a message as sent. RFC 5321, section 4.5.3.1.7, wants 64 KiB at least."""
 
@@ -104,24 +123,85 @@ class HostFile(BaseModel):
     postfix_password: Secret
     dovecot_password: Secret
     """Of the database users `postfix` and `dovecot`."""
+    srs_secret: Secret | None = None
+    """With which postsrsd signs; needed when `srs` is on. Who knows it can send anything anywhere through this host."""
 
     homes: HostPath = Path("/home")
     uid_first: Uid = 200_000
     uid_last: Uid = 499_999
     """Dovecot serves no mailbox whose uid or gid lies outside. The defaults keep clear of Debian's own ranges."""
 
+    aliases_dir: HostPath = Path("/etc/cacert-mail/aliases")
+    """The worker's: `aliases` and `aliases.lmdb`."""
+    hand_made_aliases: HostPath | None = None
+    """An alias file that people write, such as /etc/aliases, read after ours; `newaliases` builds it. None: there is none."""
+    returns_maildir: HostPath = Path("/var/lib/cacert-mail/returns")
+    returns_uid: SystemUid | None = None
+    """Bounces to `returns@` of the primary domain end in this Maildir, which belongs to this uid, and nobody else can read
+    them. None: there is no such address."""
+
+    adopted_homes: bool = False
+    """Some mailboxes keep a uid from before, of 1000 or more: Dovecot serves those too."""
+
     mail_log: HostPath | None = None
     dovecot_log: HostPath | None = None
     """None: syslog."""
+    rspamd_log: HostPath = Path("/var/log/rspamd/rspamd.log")
+    state_dir: HostPath = Path("/var/lib/cacert-mail/mailhost")
+    """Ours: what a change of the configuration keeps and checks."""
     postfix_config_dir: HostPath = Path("/etc/postfix")
     postfix_queue_dir: HostPath = Path("/var/spool/postfix")
     postfix_data_dir: HostPath = Path("/var/lib/postfix")
     dovecot_config_dir: HostPath = Path("/etc/dovecot")
     dovecot_base_dir: HostPath = Path("/run/dovecot")
     dovecot_state_dir: HostPath = Path("/var/lib/dovecot")
+    rspamd_config_dir: HostPath = Path("/etc/rspamd")
+    rspamd_run_dir: HostPath = Path("/run/rspamd")
+    """rspamd's own; Postfix must be able to pass through it."""
+    rspamd_state_dir: HostPath = Path("/var/lib/rspamd")
+    postsrsd_defaults: HostPath = Path("/etc/default/postsrsd")
+    postsrsd_secret_file: HostPath = Path("/etc/postsrsd.secret")
 
     @model_validator(mode="after")
     def _uids_ascend(self) -> Self:
         if self.uid_last < self.uid_first:
             raise ValueError("uid_last is below uid_first")
         return self
+
+
+class HostFileError(Exception):
+    """One line for administrators: which file, which key, what is wrong with it. Never a value, which may be a secret."""
+
+
+def load_host_file(path: Path) -> HostFile:
+    """Reads the host's own file, in TOML. Raises HostFileError, also for a file that somebody but root may read or write."""
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != 0 or status.st_mode & 0o077:
+                raise HostFileError(
+                    f"{path} holds secrets: it must be a file of root that nobody else may read: mode 0600."
+                )
+            values = tomllib.load(file)
+    except OSError as error:
+        raise HostFileError(f"{path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        where = re.search(r"\(at (line \d+, column \d+|end of document)\)\Z", str(error))
+        raise HostFileError(f"{path} is no TOML{f': see {where[1]}' if where else ''}.") from None
+    except UnicodeDecodeError:
+        raise HostFileError(f"{path} is no TOML: it is not UTF-8.") from None
+    try:
+        return HostFile.model_validate(values)
+    except ValidationError as error:
+        found = error.errors(include_input=False, include_url=False)
+        complaints = dict.fromkeys(": ".join(filter(None, (_place(each["loc"]), each["msg"]))) for each in found)
+        raise HostFileError(f"{path}: {'; '.join(complaints)}") from None
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """The key, which may be misspelt, or a secret that somebody wrote into the wrong place; then where in a list."""
+    if not location:
+        return ""
+    key = str(location[0])
+    numbers = [str(part) for part in location[1:] if isinstance(part, int)]
+    return ".".join([key if re.fullmatch("[a-z_]{1,40}", key) else "a key that is none", *numbers])

@@ -26,8 +26,11 @@ from app.services.hosts import create_host
 from app.services.principals import create_principal
 from app.workers.host.loop import Worker, _begin, opened
 from tests.conftest import ACTOR, ISSUER, anonymous
+from tests.stack.accounts import account, alias, stack
 from tests.stack.mail import HOST, PRIMARY_DOMAIN, MailStack
 from tests.stack.mariadb import MariaDB
+
+__all__ = ["account", "alias", "stack"]
 
 PASSWORD = "seven green lanterns over the harbour"
 
@@ -82,6 +85,9 @@ def worker_settings(emptied: MailStack, mariadb: MariaDB, run_directory: Path) -
         wake_directory=run_directory,
         postfix_config=emptied.postfix_config,
         postfix_recipients=emptied.recipients_map,
+        postfix_local_aliases=emptied.local_aliases_map,
+        postfix_virtual_aliases=emptied.virtual_aliases_map,
+        aliases_directory=emptied.aliases,
         dovecot_config=emptied.dovecot_config,
         uid_first=emptied.file.uid_first,
         uid_last=emptied.file.uid_last,

@@ -165,6 +165,7 @@ def raw_rcpt(site: Site, address: str) -> int:
 async def test_mail_flows_again_within_five_seconds_after_mariadb_was_away(site: Site) -> None:
     user = await site.create()
     assert await send(site) == 250
+    await arrived(site, user["home"])
     await asyncio.to_thread(site.mariadb.stop)
     assert await send(site) == 451
     refused = await site.client.get(f"/v1/users/{ALICE}")

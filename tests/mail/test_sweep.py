@@ -57,7 +57,7 @@ async def test_drift_of_every_kind(site: Site, worker_settings: WorkerSettings) 
     site.mariadb.sql(f"UPDATE users SET version = 2 WHERE id = {ids['dead']}", "owner")
     site.mariadb.sql(f"UPDATE jobs SET state = 'dead' WHERE subject_id = {ids['dead']}", "owner")
     site.mariadb.sql(
-        f"UPDATE applied SET result = JSON_SET(result, '$.uid', {users['fine']['uid']})"
+        f"UPDATE applied SET result = JSON_SET(result, '$.uid', {users['fine']['uid']}, '$.gid', {users['fine']['uid']})"
         f" WHERE subject_id = {ids['uid']}",
         "owner",
     )

@@ -1,10 +1,12 @@
 import ipaddress
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from app.mailconfig.hosts import HostFile, HostSettings
+from app.mailconfig.hosts import HostFile, HostFileError, HostSettings, load_host_file
 
 MINIMAL: dict[str, Any] = {
     "host": "mail",
@@ -23,7 +25,7 @@ def test_minimal_file_means_debian() -> None:
     file = HostFile(**MINIMAL)
     assert file.trusted_networks == ()
     assert str(file.homes) == "/home"
-    assert len(PATHS) == 12
+    assert len(PATHS) == 22
 
 
 @pytest.mark.parametrize("special", HOSTILE)
@@ -44,7 +46,7 @@ def test_path_is_absolute_and_plain(name: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("special", ["\n", "\r", "\x00", '"', "'", "`", "\\", "$", "%", "#", " ", "\t", "ü"])
-@pytest.mark.parametrize("name", ["postfix_password", "dovecot_password"])
+@pytest.mark.parametrize("name", ["postfix_password", "dovecot_password", "srs_secret"])
 def test_password_that_a_file_would_read_otherwise(name: str, special: str) -> None:
     for password in (special, "good" + special, special + "good"):
         with pytest.raises(ValidationError, match=name) as refused:
@@ -71,6 +73,9 @@ def test_password_is_never_shown() -> None:
         ("uid_first", 0),
         ("uid_first", 999),
         ("uid_last", 2**31),
+        ("returns_uid", 0),
+        ("returns_uid", 99),
+        ("srs_secret", "two words"),
         ("host", "Mail"),
         ("host", "-"),
         ("host", "a" * 65),
@@ -106,6 +111,9 @@ def test_networks_and_addresses_are_parsed() -> None:
         ({"smtp_port": None}, "smtp_port"),
         ({"imap_port": 993}, "two of the ports are the same"),
         ({"pop3_enabled": "yes"}, "pop3_enabled"),
+        ({"srs": 1}, "srs"),
+        ({"submission_port": 25}, "two of the ports are the same"),
+        ({"srs_secret": "x"}, "srs_secret"),
         ({"message_size_limit": 65_535}, "message_size_limit"),
         ({"message_size_limit": 2**30 + 1}, "message_size_limit"),
         ({"mynetworks": "0.0.0.0/0"}, "mynetworks"),
@@ -125,3 +133,74 @@ def test_empty_row_is_enough() -> None:
 def test_no_text_in_a_row() -> None:
     """A string would need the checks that a file's strings have."""
     assert {field.annotation for field in HostSettings.model_fields.values()} <= {int, bool}
+
+
+# The host's own file
+
+TEXT = "".join(f'{name} = "{value}"\n' for name, value in MINIMAL.items())
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "host.toml"
+    path.write_text(TEXT)
+    path.chmod(0o600)
+    return path
+
+
+def test_file_is_read(path: Path) -> None:
+    path.write_text(TEXT + 'trusted_networks = ["192.0.2.0/24"]\nreturns_uid = 500\ndns = false\n')
+    file = load_host_file(path)
+    assert file.host == "mail"
+    assert file.postfix_password.get_secret_value() == "one"
+    assert (str(file.trusted_networks[0]), file.returns_uid, file.dns) == ("192.0.2.0/24", 500, False)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o644, 0o666, 0o610])
+def test_file_that_others_can_read_or_write(path: Path, mode: int) -> None:
+    path.chmod(mode)
+    with pytest.raises(HostFileError, match=f"^{path} holds secrets"):
+        load_host_file(path)
+
+
+def test_file_of_somebody_else(path: Path) -> None:
+    os.chown(path, 65534, 0)
+    with pytest.raises(HostFileError, match="holds secrets"):
+        load_host_file(path)
+
+
+def test_file_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(HostFileError, match=r"none\.toml: No such file or directory$"):
+        load_host_file(tmp_path / "none.toml")
+    with pytest.raises(HostFileError, match=r": Is a directory$"):
+        load_host_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (TEXT + "surprise = 1\n", "surprise: Extra inputs are not permitted"),
+        (TEXT + '"s3cr3t s3cr3t" = 1\n', "a key that is none: Extra inputs are not permitted"),
+        (TEXT.replace("host = ", "hots = "), "host: Field required; hots: Extra inputs are not permitted"),
+        (TEXT.replace('"one"', '"s3cr3t s3cr3t"'), "postfix_password: Value error, takes 1 to 128 printable"),
+        (TEXT.replace('"one"', "5"), "postfix_password: "),
+        (
+            TEXT + 'trusted_networks = ["s3cr3t"]\n',
+            "host.toml: trusted_networks.0: Input is not a valid IPv4 network; trusted_networks.0: ",
+        ),
+        (TEXT + "uid_first = 300000\nuid_last = 200000\n", "Value error, uid_last is below uid_first"),
+        (TEXT.replace('"one"', "s3cr3t"), "is no TOML: see line 5, column 20."),
+        (TEXT + 'postfix_password = "s3cr3t"\n', "is no TOML: see line 7, column 28."),
+        ('host = "s3cr3t', "is no TOML: see end of document."),
+        ("host = '\xfc'", "is no TOML: it is not UTF-8."),
+    ],
+)
+def test_file_with_a_mistake(path: Path, text: str, complaint: str) -> None:
+    """One line that names the place, and never shows a value."""
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(HostFileError) as refused:
+        load_host_file(path)
+    assert complaint in str(refused.value)
+    assert str(refused.value).startswith(str(path))
+    assert "\n" not in str(refused.value)
+    assert "s3cr3t" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""A private MariaDB, Postfix and Dovecot, for tests, `make demo` and the bench. Nothing is simulated.
+"""A private MariaDB, Postfix, Dovecot, rspamd and policy process, for tests, `make demo` and the bench. Nothing is simulated.
 
 What a stranger needs to know:
 
@@ -28,7 +28,7 @@ What a stranger needs to know:
 import subprocess
 
 PACKAGES = ["mariadb-server", "mariadb-client", "postfix", "postfix-mysql", "postfix-lmdb"]
-PACKAGES += ["dovecot-core", "dovecot-imapd", "dovecot-pop3d", "dovecot-lmtpd", "dovecot-mysql"]
+PACKAGES += ["dovecot-core", "dovecot-imapd", "dovecot-pop3d", "dovecot-lmtpd", "dovecot-mysql", "rspamd", "postsrsd"]
 
 
 def missing_packages() -> list[str]:

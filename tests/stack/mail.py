@@ -1,6 +1,5 @@
-"""A private Postfix and Dovecot with the very configuration that production gets."""
+"""A private Postfix, Dovecot and rspamd with the very configuration that production gets, and the policy process."""
 
-import contextlib
 import imaplib
 import os
 import poplib
@@ -9,32 +8,32 @@ import smtplib
 import socket
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
 from email.message import EmailMessage
 from email.policy import SMTP
 from email.utils import make_msgid
 from ipaddress import IPv4Address
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from pydantic import SecretStr
 
 from app.addresses import DomainName
-from app.mailconfig.dovecot23 import render_dovecot
+from app.mailconfig.everything import render_all
 from app.mailconfig.hosts import HostFile, HostSettings
-from app.mailconfig.postfix import recipients_map, render_postfix
+from app.mailconfig.postfix import local_aliases_map, recipients_map, virtual_aliases_map
 from app.mailconfig.rendering import ConfigFile
+from app.mailconfig.rspamd import milter_socket
+from tests.stack.certificates import make_certificates
 from tests.stack.mariadb import MariaDB
 from tests.stack.processes import Processes, free_ports, run, wait_until
 
 PRIMARY_DOMAIN = DomainName("cacert.test")
 HOST = "mail"
 """The row in `hosts`."""
+RETURNS_UID = 150_000
+"""Of whoever reads bounces to returns@."""
 
 _TEST_ONLY = """
 # A refused login is not made to wait, nor everybody after it from the same address: in tests all come from 127.0.0.1.
@@ -49,17 +48,22 @@ mail_fsync = never
 
 
 class MailStack:
-    """One mail host on loopback. `start` wants a MariaDB that has its schema and grants; `close` ends it."""
+    """One mail host on loopback. `start` wants a MariaDB that has its schema and grants, made by the migrations; `close` ends
+    it."""
 
-    def start(self, mariadb: MariaDB) -> None:
+    extra = _TEST_ONLY
+    """Beyond what a host gets."""
+
+    def start(self, mariadb: MariaDB, **switches: bool) -> None:
+        """`switches` are those of `HostSettings`."""
         self._processes = Processes()
         try:
-            self._start(mariadb)
+            self._start(mariadb, switches)
         except BaseException:
             self._processes.close()
             raise
 
-    def _start(self, mariadb: MariaDB) -> None:
+    def _start(self, mariadb: MariaDB, switches: Mapping[str, bool]) -> None:
         self.directory = self.host_root = base = self._processes.directory
         self.homes = base / "home"
         """Where the mailboxes are made, each with its own owner. Belongs to root."""
@@ -68,15 +72,31 @@ class MailStack:
         self.mail_log = base / "mail.log"
         self.dovecot_log = base / "dovecot.log"
         self.ca_file = base / "ca.pem"
-        for directory in (self.homes, self.postfix_config, self.dovecot_config.parent, base / "queue", base / "data"):
+        self.aliases = base / "aliases"
+        """The directory of the worker's alias file. Empty at first: see `build_aliases`."""
+        self.returns = base / "returns"
+        """Where bounces to returns@ arrive; see `HostFile.returns_maildir`."""
+        self.rspamd_log = base / "rspamd.log"
+        own = [base / name for name in ("queue", "data", "rspamd", "rspamd-run", "rspamd-state", "returns")]
+        for directory in (self.homes, self.postfix_config, self.dovecot_config.parent, self.aliases, *own):
             directory.mkdir()
-        shutil.chown(base / "data", "postfix")
+        (base / "queue/private").mkdir(mode=0o700)  # before Dovecot wants to listen there
+        for directory, owner in (
+            (base / "data", "postfix"),
+            (base / "queue/private", "postfix"),
+            (base / "rspamd-run", "_rspamd"),
+            (base / "rspamd-state", "_rspamd"),
+        ):
+            shutil.chown(directory, owner, owner)
         (base / "data").chmod(0o700)
+        self.returns.chmod(0o700)
+        os.chown(self.returns, RETURNS_UID, RETURNS_UID)
+        self.rspamd_log.touch()
+        shutil.chown(self.rspamd_log, "_rspamd")
 
-        smtp, imap, imaps, pop3s, lmtp, quota, self.relay_port = free_ports(7)
-        self.settings = HostSettings(
-            smtp_port=smtp, imap_port=imap, imaps_port=imaps, pop3s_port=pop3s, lmtp_port=lmtp, quota_port=quota
-        )
+        names = [name for name in HostSettings.model_fields if name.endswith("_port")]
+        self.relay_port, *numbers = free_ports(1 + len(names))
+        self.settings = settings = HostSettings.model_validate({**dict(zip(names, numbers, strict=True)), **switches})
         self.file = HostFile(
             host=HOST,
             hostname=DomainName(f"{HOST}.{PRIMARY_DOMAIN}"),
@@ -89,52 +109,131 @@ class MailStack:
             database_socket=mariadb.socket,
             postfix_password=SecretStr(mariadb.passwords["postfix"]),
             dovecot_password=SecretStr(mariadb.passwords["dovecot"]),
+            srs_secret=SecretStr("not-that-secret"),
             homes=self.homes,
+            aliases_dir=self.aliases,
+            returns_maildir=self.returns,
+            returns_uid=RETURNS_UID,
             mail_log=self.mail_log,
             dovecot_log=self.dovecot_log,
+            rspamd_log=self.rspamd_log,
+            state_dir=base / "mailhost",
             postfix_config_dir=self.postfix_config,
             postfix_queue_dir=base / "queue",
             postfix_data_dir=base / "data",
             dovecot_config_dir=self.dovecot_config.parent,
             dovecot_base_dir=base / "run",
             dovecot_state_dir=base / "state",
+            rspamd_config_dir=base / "rspamd",
+            rspamd_run_dir=base / "rspamd-run",
+            rspamd_state_dir=base / "rspamd-state",
+            postsrsd_defaults=base / "postsrsd.defaults",
+            postsrsd_secret_file=base / "postsrsd.secret",
         )
         self.recipients_map = recipients_map(self.file)
-        write(render_postfix(self.settings, self.file, PRIMARY_DOMAIN), self.postfix_config)
-        write({"aliases": ConfigFile("")}, self.postfix_config)
+        self.local_aliases_map = local_aliases_map(self.file)
+        self.virtual_aliases_map = virtual_aliases_map(self.file)
+        self._policy_environment = {
+            "DATABASE_URL": mariadb.url("policy"),
+            "POLICY_PORT": str(settings.policy_port),
+            "FROM_PORT": str(settings.from_port),
+            "RECIPIENTS_PER_HOUR": "1000000",  # one stack serves all tests of an hour; the limit has tests of its own
+            "LOG_LEVEL": "warning",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        self.start_policy()  # the slowest
+        make_certificates(base, names=[self.file.hostname, "localhost"])
+        for path, file in render_all(settings, self.file, PRIMARY_DOMAIN, extra=self.extra).items():
+            write({path.name: file}, path.parent)
+        self.start_rspamd()
         check = subprocess.Popen(  # makes the queue's directories; 0.12 s, so beside the rest
             ["postfix", "-c", self.postfix_config, "check"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        make_certificates(base, names=[self.file.hostname, "localhost"])
-        files = render_dovecot(self.settings, self.file, PRIMARY_DOMAIN, extra=_TEST_ONLY)
-        write(files, self.dovecot_config.parent)
         self._dovecot = self._processes.start(["/usr/sbin/dovecot", "-F", "-c", self.dovecot_config])
-        run(["postalias", "-c", self.postfix_config, f"lmdb:{self.postfix_config}/aliases"])
+        if settings.srs:
+            self._start_postsrsd()
+        self.build_aliases("")
         if check.wait() != 0:
             raise RuntimeError(f"postfix check refuses {self.postfix_config}:\n{self.mail_log.read_text()}")
         self._postfix = self._processes.start(
             ["/usr/lib/postfix/sbin/master", "-c", self.postfix_config, "-d"], MAIL_CONFIG=str(self.postfix_config)
         )
-        for port in (imap, imaps, pop3s, lmtp, quota):
+        for port in (
+            settings.imap_port,
+            settings.imaps_port,
+            settings.pop3s_port,
+            settings.lmtp_port,
+            settings.quota_port,
+        ):
             self._processes.wait_for(self._dovecot, port, self.dovecot_log)
-        self._processes.wait_for(self._postfix, smtp, self.mail_log)
+        for port in (settings.smtp_port, settings.submission_port, settings.submissions_port):
+            self._processes.wait_for(self._postfix, port, self.mail_log)
+        self.wait_for_rspamd()
+        self.wait_for_policy()
         self.tls = ssl.create_default_context(cafile=str(self.ca_file))
 
+    def start_policy(self) -> None:
+        command = [sys.executable, "-m", "app.cli.main", "policy"]
+        self.policy = self._processes.start(command, **self._policy_environment)
+
+    def wait_for_policy(self) -> None:
+        for port in (self.settings.policy_port, self.settings.from_port):
+            self._processes.wait_for(self.policy, port, self.mail_log)
+
+    def start_rspamd(self) -> None:
+        self.rspamd = self._processes.start(
+            [
+                "/usr/bin/rspamd",
+                "-f",
+                "-u",
+                "_rspamd",
+                "-g",
+                "_rspamd",
+                "-c",
+                self.file.rspamd_config_dir / "rspamd.conf",
+            ]
+        )
+
+    def wait_for_rspamd(self) -> None:
+        self._processes.wait_for(self.rspamd, milter_socket(self.file), self.rspamd_log)
+
+    def stop(self, process: subprocess.Popen[bytes]) -> None:
+        """Ends one of the daemons, such as `policy` or `rspamd`."""
+        self._processes.stop(process)
+
+    def _start_postsrsd(self) -> None:
+        """As Debian's unit does, which reads the file with a shell; but with its own port and directory."""
+        launcher = Path("/usr/share/postsrsd/postsrsd-systemd-launcher").read_text()
+        script = launcher.replace("/etc/default/postsrsd", str(self.file.postsrsd_defaults))
+        postsrsd = self._processes.start(["/bin/sh", "-c", script])
+        for port in (self.settings.srs_forward_port, self.settings.srs_reverse_port):
+            self._processes.wait_for(postsrsd, port, self.mail_log)
+
+    def build_aliases(self, text: str, *, complaints: bool = False) -> None:
+        """The alias file as the worker makes it, but with any text. Raises `RuntimeError` for what postalias(1) dislikes."""
+        (self.aliases / "aliases").write_text(text)
+        argv: list[str | Path] = ["postalias", "-c", self.postfix_config, f"lmdb:{self.aliases}/aliases"]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if done.returncode or (done.stderr and not complaints):
+            raise RuntimeError(done.stderr)
+
     def close(self) -> None:
-        """Ends Postfix and Dovecot and deletes everything."""
+        """Ends all of them and deletes everything."""
         self._processes.close()
 
     def reload(self) -> None:
-        """Both read their configuration anew. Postfix wants it after each restart of MariaDB too."""
+        """Postfix and Dovecot read their configuration anew. Postfix wants it after each restart of MariaDB too."""
         run(["postfix", "-c", self.postfix_config, "reload"])
         self.doveadm("reload")
 
     def empty(self) -> None:
-        """No home, no queued mail, nothing in Dovecot's cache: for the next test. Rows are `MariaDB.empty`'s."""
+        """No home, no alias file, no queued mail, nothing in Dovecot's cache: for the next test. Rows are
+        `MariaDB.empty`'s."""
         self.doveadm("auth", "cache", "flush")
         run(["postsuper", "-c", self.postfix_config, "-d", "ALL"])
-        for home in self.homes.iterdir():
-            shutil.rmtree(home)
+        for directory in (*self.homes.iterdir(), *self.returns.iterdir()):
+            shutil.rmtree(directory)
+        self.build_aliases("")
 
     def doveadm(self, *arguments: str, expect: int = 0) -> str:
         return run(["doveadm", "-c", self.dovecot_config, *arguments], expect=expect)
@@ -152,6 +251,29 @@ class MailStack:
         """A connection that has said EHLO. Any address in 127.0.0.0/8 is another client."""
         client = smtplib.SMTP("127.0.0.1", self.settings.smtp_port, "client.test", 10, source_address=(source, 0))
         client.ehlo()
+        return client
+
+    def submission(
+        self, login: str | None = None, password: str = "", *, tls_first: bool = False, source: str = "127.0.0.5"
+    ) -> smtplib.SMTP:
+        """A connection where users send, with TLS, and signed in if a login is given. Raises
+        `smtplib.SMTPAuthenticationError` when refused."""
+        client: smtplib.SMTP
+        if tls_first:
+            client = smtplib.SMTP_SSL(
+                "127.0.0.1", self.settings.submissions_port, context=self.tls, timeout=10, source_address=(source, 0)
+            )
+        else:
+            client = smtplib.SMTP("127.0.0.1", self.settings.submission_port, timeout=10, source_address=(source, 0))
+        try:
+            if not tls_first:
+                client.starttls(context=self.tls)
+            client.ehlo()
+            if login is not None:
+                client.login(login, password)
+        except BaseException:
+            client.close()
+            raise
         return client
 
     def send(
@@ -185,6 +307,11 @@ class MailStack:
             logs = "".join(log.read_text(errors="replace")[-3000:] for log in (self.mail_log, self.dovecot_log))
             raise TimeoutError(f"{len(messages())} of {count} messages in {home}:\n{logs}")
         return messages()
+
+    def wait_for_returns(self, count: int) -> None:
+        """Until so many bounces to returns@ have arrived. Raises `TimeoutError`."""
+        if not wait_until(lambda: len(list(self.returns.glob("new/*"))) == count):
+            raise TimeoutError(f"{count} bounces did not arrive:\n{self.mail_log.read_text()[-3000:]}")
 
     def imap(self, address: str, password: str, *, source: str = "127.0.0.1") -> imaplib.IMAP4_SSL:
         """Signed in by IMAPS. Raises `imaplib.IMAP4.error` when refused."""
@@ -229,39 +356,3 @@ def write(files: Mapping[str, ConfigFile], directory: Path) -> None:
         path.chmod(file.mode)
         shutil.chown(path, "root", file.group)
         os.utime(path, (minute_ago, minute_ago))
-
-
-def make_certificates(directory: Path, *, names: list[str]) -> None:
-    """A test CA in `ca.pem`, and `cert.pem` with `key.pem` for the names and 127.0.0.1, valid for a day."""
-    now = datetime.now(UTC)
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "cacert-mail test CA")])
-    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    dated = x509.CertificateBuilder().issuer_name(subject).not_valid_before(now - timedelta(hours=1))
-    dated = dated.not_valid_after(now + timedelta(days=1))
-    ca = (
-        dated.subject_name(subject)
-        .public_key(ca_key.public_key())
-        .serial_number(x509.random_serial_number())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(ca_key, hashes.SHA256())
-    )
-    certificate = (
-        dated.subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])]))
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .add_extension(
-            x509.SubjectAlternativeName(
-                [*map(x509.DNSName, names), x509.IPAddress(IPv4Address("127.0.0.1"))],
-            ),
-            critical=False,
-        )
-        .sign(ca_key, hashes.SHA256())
-    )
-    (directory / "ca.pem").write_bytes(ca.public_bytes(serialization.Encoding.PEM))
-    (directory / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    with contextlib.suppress(FileNotFoundError):
-        (directory / "key.pem").unlink()
-    (directory / "key.pem").touch(mode=0o600)
-    (directory / "key.pem").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )

@@ -1,77 +1,21 @@
 """The rendered configuration, in the real programs, on rows and homes made by hand."""
 
 import imaplib
-import os
 import poplib
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import nacl.pwhash.argon2id
 import pytest
 
 from app.mailconfig.postfix import render_postfix
+from tests.stack.accounts import HASH, OTHER, PASSWORD, STRANGER, Account
 from tests.stack.mail import HOST, PRIMARY_DOMAIN, MailStack, write
 from tests.stack.mariadb import MariaDB
 from tests.stack.processes import wait_until
-
-PASSWORD = "a good one"
-HASH = "{ARGON2ID}" + nacl.pwhash.argon2id.str(PASSWORD.encode(), opslimit=1, memlimit=8 * 2**20).decode()
-OTHER = "lists.cacert.test"
-STRANGER = "127.0.0.5"
-NOW = "UTC_TIMESTAMP(6)"
-
-Account = Callable[..., Path]
-
-
-@pytest.fixture
-def stack(mariadb: MariaDB, mail_stack: MailStack) -> MailStack:
-    mariadb.empty()
-    mail_stack.empty()
-    mariadb.sql(
-        f"INSERT hosts VALUES ('{HOST}', 1, '{{}}', 1, {NOW}, {NOW}), ('elsewhere', 1, '{{}}', 1, {NOW}, {NOW});"
-        "INSERT domains (name, kind, primary_slot, version, created_at, updated_at)"
-        f" VALUES ('{PRIMARY_DOMAIN}', 'primary', 1, 1, {NOW}, {NOW}), ('{OTHER}', 'virtual', NULL, 1, {NOW}, {NOW})",
-        "owner",
-    )
-    return mail_stack
-
-
-@pytest.fixture
-def account(mariadb: MariaDB, stack: MailStack) -> Account:
-    """Makes an account and its home as the API and the worker would. Returns the home."""
-    made: list[str] = []
-
-    def make(
-        address: str,
-        *,
-        state: str = "active",
-        stands: int = 1,
-        quota: int | None = None,
-        host: str = HOST,
-    ) -> Path:
-        made.append(address)
-        number, uid = len(made), stack.file.uid_first + len(made)
-        local_part, _, domain = address.partition("@")
-        home = stack.homes / (local_part if domain == PRIMARY_DOMAIN else f"@{domain}/{local_part}")
-        mariadb.sql(
-            "INSERT users (id, address, local_part, domain_id, host, display_name, quota_bytes, state, password_hash,"
-            f" version, created_at, updated_at) SELECT {number}, '{address}', '{local_part}', id, '{host}', '',"
-            f" {quota or 'NULL'}, '{state}', '{HASH}', 1, {NOW}, {NOW} FROM domains WHERE name = '{domain}';"
-            f"INSERT applied VALUES ('{host}', 'mailbox.sync', {number}, 1, {stands}, 1, '{{}}',"
-            f' \'{{"uid": {uid}, "home": "{home}"}}\', {NOW})',
-            "owner",
-        )
-        (home / "Maildir").mkdir(parents=True)
-        for path in (home, home / "Maildir"):
-            path.chmod(0o700)
-            os.chown(path, uid, uid)
-        return home
-
-    return make
 
 
 def rcpt(stack: MailStack, *recipients: str | bytes) -> list[tuple[int, bytes]]:
@@ -204,7 +148,7 @@ def test_nothing_is_relayed(stack: MailStack, account: Account) -> None:
     account(f"alice@{PRIMARY_DOMAIN}")
     for source in (STRANGER, "127.0.0.1"):
         with stack.smtp(source=source) as client:
-            client.mail(f"alice@{PRIMARY_DOMAIN}")
+            client.mail("alice@example.net")
             for recipient in (
                 "victim@example.net",
                 '"victim@example.net"',
@@ -335,19 +279,34 @@ def test_domain_outside_ascii_is_no_error(stack: MailStack) -> None:
     assert stack.postmap("ü.test", OTHER, PRIMARY_DOMAIN, table=domains) == {OTHER: OTHER}
 
 
+def test_every_map_answers_what_is_outside_ascii(stack: MailStack, account: Account) -> None:
+    account(f"alice@{PRIMARY_DOMAIN}")
+    maps = [path for path in stack.postfix_config.glob("*.cf") if path.name not in ("main.cf", "master.cf")]
+    assert len(maps) == 7
+    for path in maps:
+        assert (
+            stack.postmap(
+                "ü", "ü@x", f"ü@{PRIMARY_DOMAIN}", f"x@ü.{OTHER}", "%", "'", "\\", table=f"proxy:mysql:{path}"
+            )
+            == {}
+        )
+
+
 def test_login_outside_ascii_is_unknown_and_no_error(stack: MailStack) -> None:
     stack.doveadm("user", f"ü@{PRIMARY_DOMAIN}", expect=67)
 
 
 def test_lookups_use_the_index(mariadb: MariaDB, stack: MailStack) -> None:
     """CONVERT on the constant's side only; and one character set, or the join on `applied` would scan."""
-    for view, condition in (
-        ("postfix_recipients", ""),
-        ("dovecot_users", f"host = '{HOST}' AND "),
-        ("dovecot_passwords", ""),
-    ):
-        query = f"EXPLAIN SELECT address FROM {view} WHERE {condition}address = CONVERT('a@{OTHER}' USING ascii)"
-        for row in mariadb.sql(query, "owner"):
+    address = f"address = CONVERT('a@{OTHER}' USING ascii)"
+    for view, condition in {
+        "postfix_recipients": address,
+        "dovecot_users": f"host = '{HOST}' AND {address}",
+        "dovecot_passwords": f"host = '{HOST}' AND {address}",
+        "postfix_logins": f"login = CONVERT('a@{OTHER}' USING ascii) AND host = '{HOST}'",
+        "postfix_own_domains": "name = CONVERT('a' USING ascii)",
+    }.items():
+        for row in mariadb.sql(f"EXPLAIN SELECT * FROM {view} WHERE {condition}", "owner"):
             assert row[3] in ("ref", "eq_ref", "const") or "Impossible WHERE" in row[-1], row
 
 
