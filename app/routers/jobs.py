@@ -57,7 +57,9 @@ async def list_jobs(
     state: Annotated[JobState | None, Query(description="`dead`: those that need somebody.")] = None,
     kind: Annotated[JobKind | None, Query(description="Only of this kind.")] = None,
     host: Annotated[HostName | None, Query(description="Only of this host.")] = None,
-    subject_id: Annotated[int | None, Query(ge=1, le=2**62, description="The account's id.")] = None,
+    subject_id: Annotated[
+        int | None, Query(ge=1, le=2**62, description="The id of the account or alias; name the `kind` too.")
+    ] = None,
     limit: Limit = 50,
     cursor: NumberCursor = None,
 ) -> Response:

@@ -213,7 +213,7 @@ END = [
     "UPDATE users SET state = 'suspended' WHERE id = 1",
     "UPDATE users SET state_before = state, state = 'deleted', deleted_at = created_at, purge_at = created_at WHERE id = 1",
     "UPDATE applied SET stands = 0 WHERE subject_id = 1",
-    "UPDATE users SET host = 'elsewhere' WHERE id = 1",
+    "UPDATE users SET host = 'elsewhere' WHERE id = 1; UPDATE applied SET host = 'elsewhere' WHERE subject_id = 1",
 ]
 
 

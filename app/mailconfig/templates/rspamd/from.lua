@@ -66,7 +66,7 @@ end
 rspamd_config:register_symbol({
   name = NAME,
   type = "prefilter",
-  -- Also for a message without a body.
+  -- Also for a message with nothing in it.
   flags = "empty",
   callback = function(task)
     if task:get_user() then
