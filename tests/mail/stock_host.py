@@ -103,6 +103,8 @@ def prepare() -> None:
     """An empty host: what Debian's packages make, and no configuration of ours."""
     must("ip", "link", "set", "lo", "up")
     must("mount", "--make-rprivate", "/")
+    # The checkout and Python may lie below what is covered now, so they are laid over it again.
+    needed = {str(path): os.open(path, os.O_PATH) for path in (ROOT, Path(sys.prefix), Path(sys.base_prefix))}
     for path in ("/home", "/var/spool/postfix", "/var/log", "/run", "/tmp"):
         must("mount", "-t", "tmpfs", "-o", "mode=0755", "tmpfs", path)
     for lower in ("/etc", "/var/lib"):
@@ -111,6 +113,10 @@ def prepare() -> None:
         work.mkdir()
         options = f"lowerdir={lower},upperdir={upper},workdir={work}"
         must("mount", "-t", "overlay", "-o", options, "overlay", lower)
+    for path, fd in needed.items():
+        if not Path(path).exists():
+            Path(path).mkdir(parents=True)
+            must("mount", "--no-canonicalize", "--bind", f"/proc/{os.getpid()}/fd/{fd}", path)
     shutil.rmtree("/var/lib/postfix")
     for path in ("/var/lib/postfix", "/var/lib/cacert-mail"):
         Path(path).mkdir()

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
@@ -108,7 +108,8 @@ class Policy:
         """All sent at once on a new connection; their actions."""
         with self.connect() as client:
             client.sendall(b"".join(questions))
-            client.shutdown(socket.SHUT_WR)
+            with suppress(OSError):  # the process may have closed it by then
+                client.shutdown(socket.SHUT_WR)
             answers = everything(client).decode("ascii")
         assert not answers or answers.endswith("\n\n")
         return [answer.removeprefix("action=") for answer in answers.split("\n\n")[:-1]]
