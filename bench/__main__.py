@@ -67,6 +67,7 @@ class Results:
             relation, limit = goal.split()
             holds = value >= float(limit) if relation == ">=" else value <= float(limit)
         self.rows.append({"name": name, "value": float(f"{value:.4g}"), "unit": unit, "goal": goal, "holds": holds})
+        say(f"  {name}: {value:.4g} {unit}")  # a run that breaks off later has not been for nothing
 
     def table(self) -> str:
         head = ("figure", "value", "unit", "goal", "holds")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,8 @@ class System:
     def shrink(self) -> None:
         """Forgets the accounts that were created since, so that each measurement meets the same number."""
         self.mariadb.sql(_SHRINK.format(last=self.accounts), "owner")
+        for home in (self.mail.host_root / "home").glob("new*"):
+            shutil.rmtree(home)
 
     @property
     def database_pid(self) -> int:
