@@ -31,6 +31,8 @@ class Sizes:
     burst: int = 10_000
     messages: int = 60
     lookups: int = 40
+    resets: int = 2_000
+    confirms: int = 25
 
 
 QUICK = Sizes(
@@ -44,6 +46,8 @@ QUICK = Sizes(
     burst=500,
     messages=10,
     lookups=10,
+    resets=300,
+    confirms=5,
 )
 
 

@@ -10,20 +10,20 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import Thread
 
 from bench.load import Load, cpu_seconds
 from bench.system import System, running
 from tests.stack.processes import Processes, free_ports
-from tests.workers.policy.questions import question
+from tests.workers.policy.questions import CONNECT, question
 
-CONNECTIONS = 4
-BATCH = 50
-"""Questions that are on their way at once on each connection."""
+CONNECTIONS = 100
+"""As many as Postfix has smtpd processes by default."""
+THREADS = 4
 BUSY = 100
-"""Logins that send at the same time: as many as Postfix has smtpd processes by default."""
+"""Logins that send at the same time."""
 HEADER = (
     "Received: from [192.168.1.17] (unknown [203.0.113.9])\r\n\tby mail.cacert.test (Postfix) with ESMTPSA id 4Tabc\r\n"
     "Message-ID: <3f2a@cacert.test>\r\nDate: Mon, 23 Nov 2026 12:00:00 +0100\r\nMIME-Version: 1.0\r\n"
@@ -36,11 +36,11 @@ HEADER = (
 @dataclass(frozen=True)
 class Policy:
     rate: float
-    """Questions a second, of `BUSY` logins: their rows are read every two seconds."""
+    """Questions a second, of `BUSY` logins. What is asked at the same time is one query."""
     cpu: float
     """Microseconds of the process's CPU for each of them."""
     cold_rate: float
-    """Questions a second when every login is another one: each costs a query."""
+    """Questions a second when every login is another one."""
     from_p50: float
     """Milliseconds for a From question, one after another on one connection."""
 
@@ -48,6 +48,9 @@ class Policy:
 def measure_policy(system: System, seconds: float) -> Policy:
     logins = [system.address(number) for number in range(1, system.accounts + 1)]
     with _process(system) as (pid, policy_port, from_port):
+        with socket.create_connection(("127.0.0.1", policy_port), 10) as client:
+            client.sendall(CONNECT)
+            client.recv(100)
         _ask(policy_port, logins[:BUSY], 0.5)
         before = cpu_seconds(pid)
         rate = _ask(policy_port, logins[:BUSY], seconds)
@@ -80,38 +83,35 @@ def _process(system: System) -> Iterator[tuple[int, int, int]]:
 
 
 def _ask(port: int, logins: list[str], seconds: float) -> float:
-    """Questions a second. Each is about another message, and they go through the logins round and round."""
-    counted = [0] * CONNECTIONS
+    """Questions a second. Each is about another message, and they go through the logins round and round.
+
+    Every connection is an smtpd(8), which asks one question at a time. Each thread goes through its own.
+    """
+    counted = [0] * THREADS
     end = time.monotonic() + seconds
 
     def talk(number: int) -> None:
-        mine = logins[number::CONNECTIONS]
-        batches = [
-            b"".join(question(login, instance=f"{number}.{start}") for login in _round(mine, start))
-            for start in range(0, max(len(mine), BATCH), BATCH)
-        ]
-        with socket.create_connection(("127.0.0.1", port), 10) as client:
+        mine = logins[number::THREADS]
+        with ExitStack() as stack:
+            clients = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+                for _ in range(CONNECTIONS // THREADS)
+            ]
             while time.monotonic() < end:
-                batch = batches[counted[number] // BATCH % len(batches)]
-                # The instance is new each time round, or the recipients would be known.
-                client.sendall(batch.replace(b"instance=", b"instance=%d." % counted[number]))
-                answers = b""
-                while answers.count(b"\n\n") < BATCH:
-                    answers += client.recv(65536)
-                if answers != b"action=DUNNO\n\n" * BATCH:
-                    raise RuntimeError(f"another answer: {answers[:200]!r}")
-                counted[number] += BATCH
+                for client in clients:
+                    counted[number] += 1
+                    login = mine[counted[number] % len(mine)]
+                    client.sendall(question(login, instance=f"{number}.{counted[number]}"))
+                for client in clients:
+                    if (answer := client.recv(65536)) != b"action=DUNNO\n\n":
+                        raise RuntimeError(f"another answer: {answer[:200]!r}")
 
-    threads = [Thread(target=talk, args=(number,)) for number in range(CONNECTIONS)]
+    threads = [Thread(target=talk, args=(number,)) for number in range(THREADS)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     return sum(counted) / seconds
-
-
-def _round(logins: list[str], start: int) -> list[str]:
-    return [logins[(start + number) % len(logins)] for number in range(BATCH)]
 
 
 def _from_question(login: str) -> bytes:

@@ -32,6 +32,8 @@ class Domain(SQLModel, table=True):
     kind: str = Field(sa_column=sa.Column(ascii_string(16), nullable=False))
     primary_slot: int | None = Field(sa_column=sa.Column(sa.SmallInteger(), unique=True))
     """1 for the primary domain, null for all others: the unique index makes a second primary impossible."""
+    alias_changes: int = Field(sa_column=sa.Column(sa.Integer(), nullable=False, server_default=sa.text("0")))
+    """Of the first row only: raised by every change of what leads to what, so that two such changes are in conflict."""
     version: int = Field(sa_column=sa.Column(sa.Integer(), nullable=False))
     created_at: datetime = Field(sa_column=timestamp(nullable=False))
     updated_at: datetime = Field(sa_column=timestamp(nullable=False))

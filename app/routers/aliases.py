@@ -1,7 +1,7 @@
 """/v1/aliases: addresses that lead elsewhere, and who may send as them."""
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -50,6 +50,15 @@ Designated = Annotated[
 ]
 
 
+class LapsedBody(BaseModel):
+    address: str
+    was: Literal["destination", "designated"]
+    reason: Literal["account_deleted", "account_purged", "alias_deleted"] = Field(
+        description="`account_deleted`: back when the account is restored. The others are gone for good, whoever has the "
+        "address now; a PATCH of `destinations` or `designated` says who is to follow."
+    )
+
+
 class AliasBody(BaseModel):
     """An alias as it should be, and how far the hosts have got."""
 
@@ -81,9 +90,7 @@ class AliasBody(BaseModel):
     kind: AliasKind
     destinations: list[str] = Field(description="Where mail to it goes.")
     designated: list[str] = Field(description="Who may send as it.")
-    lapsed: list[str] = Field(
-        description="Deleted accounts and aliases among both: they get and may nothing until restored."
-    )
+    lapsed: list[LapsedBody] = Field(description="Deleted accounts and aliases among both: they get and may nothing.")
     note: str
     version: int = Field(description="Raised by every change, and when an account that it leads to comes or goes.")
     ready: bool = Field(description="Every enabled host reflects this version, and every proof holds.")
@@ -103,7 +110,7 @@ def alias_body(record: AliasRecord) -> dict[str, Any]:
         "kind": row.kind,
         "destinations": record.destinations,
         "designated": record.designated,
-        "lapsed": record.lapsed,
+        "lapsed": [lapsed._asdict() for lapsed in record.lapsed],
         "note": row.note,
         "version": row.version,
         "ready": record.ready,

@@ -123,7 +123,14 @@ async def _answer(call: Call, name: str, *, created: bool = False) -> Response:
     tag = etag(row.version, heartbeat + (row.revision or 0))
     job = None if found.ready else found.job
     body = HostBody.of(row, found.job)
-    return answer(call, body, status=201 if created else 200, tag=tag, job=job, location=location, waited=waited)
+    reading = call.request.method == "GET"
+    status = 200 if reading or (found.ready and not created) else 201 if found.ready else 202
+    return answer(call, body, status=status, tag=tag, job=job, location=location, waited=waited)
+
+
+_ACCEPTED: dict[int | str, dict[str, Any]] = {
+    202: {"model": HostBody, "description": "Accepted; its worker has not made it so yet."}
+}
 
 
 @router.post(
@@ -131,11 +138,12 @@ async def _answer(call: Call, name: str, *, created: bool = False) -> Response:
     status_code=201,
     response_model=HostBody,
     summary="Add a mail host",
-    responses=CONFLICT,
+    responses={**_ACCEPTED, **CONFLICT},
     openapi_extra=takes(PREFER, IDEMPOTENCY_KEY),
 )
 async def create_host(body: NewHostBody, call: CanWriteHosts) -> Response:
-    """Its worker runs there with `MAIL_HOST` set to this name."""
+    """Its worker runs there with `MAIL_HOST` set to this name. While aliases lead to other mail servers: `enabled: false`,
+    and SRS before it is enabled."""
     name = await call.write(service.create_host, body.name, enabled=body.enabled)
     return await _answer(call, name, created=True)
 
@@ -165,7 +173,7 @@ async def get_host(host: Name, call: CanReadHosts) -> Response:
     "/{host}",
     response_model=HostBody,
     summary="Change a mail host: enable, disable, settings",
-    responses={**NOT_FOUND, **CHANGED},
+    responses={**_ACCEPTED, **NOT_FOUND, **CONFLICT, **CHANGED},
     openapi_extra=takes(PREFER, IF_MATCH),
 )
 async def change_host(host: Name, body: ChangedHostBody, call: CanWriteHosts) -> Response:

@@ -4,11 +4,11 @@ Destinations and designated users are kept by id, so that whoever has an address
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import CompoundSelect, Row, Select, and_, delete, func, insert, or_, select, update
+from sqlalchemy import CompoundSelect, Row, Select, and_, case, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -17,14 +17,13 @@ from app.db import inserted_id, is_reference
 from app.errors import (
     AddressReserved,
     AliasDeleted,
-    AliasLoops,
-    AliasTooDeep,
     BadAddress,
     BadField,
     NoDestination,
     NotFound,
     OutsideRefused,
     PlaceGone,
+    SrsNeeded,
     VersionConflict,
 )
 from app.models.addresses import AddressKind, addresses
@@ -36,16 +35,13 @@ from app.models.users import UserState, users
 from app.queue.contracts import ALIASES_LANE, JobKind
 from app.queue.enqueue import enqueue, enqueue_many
 from app.services.addresses import claim_address, forget_alias_address
+from app.services.alias_graph import check_graph, loops, one_at_a_time
 from app.services.audit_events import record_event
 from app.services.changes import Change
+from app.services.principals import check_rank, check_rank_of_predecessor
 
 KIND = JobKind.ALIASES_SYNC.value
 MAX_DESTINATIONS = 100
-MAX_DEPTH = 10
-"""Aliases that mail may pass through before it comes to a mailbox."""
-
-_REACH = 1000
-"""Aliases that one may lead to, or be reached through, directly or not; more is refused rather than followed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +54,17 @@ class NewAlias:
     reuse_address: bool = False
 
 
+class Lapsed(NamedTuple):
+    """A deleted user or alias that the alias still refers to: it gets nothing, and may nothing."""
+
+    address: str
+    was: str
+    """`destination` or `designated`."""
+    reason: str
+    """`account_deleted`, which a restoration takes back; `account_purged` and `alias_deleted`, which only a change of this
+    alias ends: whoever has the address now is somebody else."""
+
+
 @dataclass(slots=True)
 class AliasRecord:
     """An alias as it should be, and what its hosts say of it."""
@@ -65,8 +72,7 @@ class AliasRecord:
     row: Row[Any]
     destinations: list[str] = field(default_factory=list)
     designated: list[str] = field(default_factory=list)
-    lapsed: list[str] = field(default_factory=list)
-    """Addresses of deleted users and aliases: named here, and asked for nothing until they are restored."""
+    lapsed: list[Lapsed] = field(default_factory=list)
     proofs: dict[str, Any] = field(default_factory=dict)
     """By host."""
     revision: int = 0
@@ -89,13 +95,17 @@ class AliasFilter:
 
 
 async def create_alias(change: Change, new: NewAlias) -> int:
-    """Raises AliasExists, UserExists, AddressRetired, NoDestination, OutsideRefused, AliasTooDeep, BadField."""
+    """Raises AliasExists, UserExists, AddressRetired, NoDestination, OutsideRefused, AliasLoops, AliasTooDeep, BadField."""
     connection = change.connection
     domain = await _domain(connection, new.address)
     targets = await _resolve(connection, new.address, new.destinations)
+    if any(target.user_id is None for target in targets):
+        await one_at_a_time(connection)
+        targets = await _resolve(connection, new.address, new.destinations)  # as it is while nobody else changes it
     designated = await _designate(connection, new.kind, new.designated)
-    if any(target.target_alias_id for target in targets):
-        await _one_at_a_time(connection)
+    await check_rank(change, *designated)
+    if new.reuse_address:
+        await check_rank_of_predecessor(change, new.address)
     values = {
         "address": new.address,
         "local_part": new.address.local_part,
@@ -115,7 +125,8 @@ async def create_alias(change: Change, new: NewAlias) -> int:
     await claim_address(connection, new.address, AddressKind.ALIAS, alias_id, reuse=new.reuse_address)
     await _write_targets(connection, alias_id, targets)
     await _write_designated(connection, alias_id, designated)
-    await _check_graph(connection, alias_id, targets)
+    if any(target.target_alias_id for target in targets):
+        await check_graph(connection, alias_id)
     after = {
         "address": new.address,
         "kind": new.kind.value,
@@ -125,6 +136,7 @@ async def create_alias(change: Change, new: NewAlias) -> int:
         "reuse_address": new.reuse_address,
     }
     await record_event(change, "aliases.create", "alias", alias_id, after=after)
+    await _tell_owners(change, new.address, {}, await _involved(connection, alias_id))
     await _enqueue(change, {alias_id: 1})
     return alias_id
 
@@ -135,7 +147,7 @@ async def change_alias(
     """Sets some of `destinations`, `designated` and `note`. What is so already is no change."""
     connection = change.connection
     if "destinations" in wanted:
-        await _one_at_a_time(connection)
+        await one_at_a_time(connection)
     row = await _lock(change, alias_id, expected_version)
     if row.deleted_at is not None:
         raise AliasDeleted(f"Alias {alias_id} is deleted. Create it anew: POST /v1/aliases.")
@@ -148,16 +160,20 @@ async def change_alias(
             new["destinations"] = wanted["destinations"]
     if "designated" in wanted:
         designated = await _designate(connection, AliasKind(row.kind), wanted["designated"])
-        if designated != await _present_designated(connection, alias_id):
+        present_ones = await _present_designated(connection, alias_id)
+        if designated != present_ones:
             new["designated"] = wanted["designated"]
+            await check_rank(change, *(set(designated) ^ set(present_ones)))
     if not new:
         return alias_id
     present = (await _fill(connection, [row], hosts=False))[0]
     before = {"note": row.note, "destinations": present.destinations, "designated": present.designated}
+    involved = await _involved(connection, alias_id)
     if "destinations" in new:
         await connection.execute(delete(alias_destinations).where(alias_destinations.c.alias_id == alias_id))
         await _write_targets(connection, alias_id, targets)
-        await _check_graph(connection, alias_id, targets)
+        if any(target.target_alias_id for target in targets):
+            await check_graph(connection, alias_id)
     if "designated" in new:
         await connection.execute(delete(sender_rules).where(sender_rules.c.alias_id == alias_id))
         await _write_designated(connection, alias_id, designated)
@@ -167,6 +183,7 @@ async def change_alias(
     )
     kept = {name: before[name] for name in new}
     await record_event(change, "aliases.change", "alias", alias_id, before=kept, after=new)
+    await _tell_owners(change, row.address, involved, await _involved(connection, alias_id))
     await _enqueue(change, {alias_id: row.version + 1})
     return alias_id
 
@@ -174,11 +191,13 @@ async def change_alias(
 async def delete_alias(change: Change, alias_id: int, *, expected_version: int | None = None) -> int:
     """The address is free at once, and whatever leads to this alias leads nowhere. Deleting twice is no change."""
     connection = change.connection
-    await _one_at_a_time(connection)
+    await one_at_a_time(connection)
     row = await _lock(change, alias_id, expected_version)
     if row.deleted_at is not None:
         return alias_id
     present = (await _fill(connection, [row], hosts=False))[0]
+    await check_rank(change, *await _present_designated(connection, alias_id))
+    involved = await _involved(connection, alias_id)
     await forget_alias_address(connection, row.address, alias_id)
     await connection.execute(delete(alias_destinations).where(alias_destinations.c.alias_id == alias_id))
     await connection.execute(delete(sender_rules).where(sender_rules.c.alias_id == alias_id))
@@ -189,6 +208,7 @@ async def delete_alias(change: Change, alias_id: int, *, expected_version: int |
     )
     before = {"destinations": present.destinations, "designated": present.designated, "kind": row.kind}
     await record_event(change, "aliases.delete", "alias", alias_id, before={"address": row.address, **before})
+    await _tell_owners(change, row.address, involved, {})
     await _enqueue(change, {alias_id: row.version + 1})
     leading_here = select(alias_destinations.c.alias_id).where(alias_destinations.c.target_alias_id == alias_id)
     await _touch(change, leading_here)
@@ -199,6 +219,18 @@ async def touch_aliases_of_user(change: Change, user_id: int) -> None:
     """For a user who comes or goes, and whose row is locked: what leads to them, or is sent as by them, differs from now on."""
     leading_there = select(alias_destinations.c.alias_id).where(alias_destinations.c.user_id == user_id)
     await _touch(change, leading_there.union(select(sender_rules.c.alias_id).where(sender_rules.c.user_id == user_id)))
+
+
+async def touch_all_aliases(change: Change) -> None:
+    """For a host that is enabled from now on: what it made true of aliases at another time, or what another machine of its
+    name did, no longer counts. An alias that is made at this very moment the sweep finds."""
+    standing = aliases.c.deleted_at.is_(None)
+    await change.connection.execute(
+        update(aliases).where(standing).values(version=aliases.c.version + 1, updated_at=change.now)
+    )
+    rows = await change.connection.execute(select(aliases.c.id, aliases.c.version).where(standing))
+    if versions := {row.id: row.version for row in rows}:
+        await _enqueue(change, versions)
 
 
 async def _touch(change: Change, which: Select[Any] | CompoundSelect[Any]) -> None:
@@ -326,6 +358,8 @@ async def _resolve(connection: AsyncConnection, alias: str, destinations: Sequen
         else:
             holder = found.get(destination.lower())
             if holder is None or holder.kind == AddressKind.TOMBSTONE:
+                if destination.lower() == alias:
+                    raise loops([alias, alias], place)
                 raise NoDestination(
                     f"There is no account and no alias {destination.lower()}: {alias} → {destination.lower()} leads nowhere.",
                     field=place,
@@ -371,6 +405,27 @@ async def _present_designated(connection: AsyncConnection, alias_id: int) -> lis
     return list((await connection.execute(query.order_by(sender_rules.c.user_id))).scalars())
 
 
+async def _involved(connection: AsyncConnection, alias_id: int) -> dict[int, dict[str, Any]]:
+    """By account: whether mail to the alias reaches it at once, and whether it may send as the alias."""
+    receiving = {
+        target.user_id for target in await _present_targets(connection, alias_id) if target.user_id is not None
+    }
+    sending = set(await _present_designated(connection, alias_id))
+    return {each: {"receives": each in receiving, "sends_as": each in sending} for each in sorted(receiving | sending)}
+
+
+async def _tell_owners(
+    change: Change, alias: str, before: Mapping[int, dict[str, Any]], after: Mapping[int, dict[str, Any]]
+) -> None:
+    """An event for each account that the alias newly involves, or otherwise than before: its owner reads no other one's."""
+    nothing = {"receives": False, "sends_as": False}
+    for user_id in sorted(before.keys() | after.keys()):
+        had, has = before.get(user_id, nothing), after.get(user_id, nothing)
+        if had != has:
+            told = {"alias": alias}
+            await record_event(change, "users.alias", "user", user_id, before={**told, **had}, after={**told, **has})
+
+
 async def _write_targets(connection: AsyncConnection, alias_id: int, targets: Sequence[Target]) -> None:
     rows = [
         {
@@ -392,100 +447,25 @@ async def _write_designated(connection: AsyncConnection, alias_id: int, designat
         )
 
 
-async def _one_at_a_time(connection: AsyncConnection) -> None:
-    """Waits for whoever else is changing what leads to what: of two changes that close a loop together, one sees the other.
-
-    Comes before any other lock. With a lock on each alias of the way instead, eight writers were one another's deadlocks.
-    """
-    await connection.execute(select(domains.c.id).order_by(domains.c.id).limit(1).with_for_update())
+SHOWN = 10
 
 
-async def _check_graph(connection: AsyncConnection, alias_id: int, targets: Sequence[Target]) -> None:
-    """No way leads back, and none is longer than MAX_DEPTH. Raises AliasLoops and AliasTooDeep, with the chain."""
-    if not any(target.target_alias_id for target in targets):
-        return
-    below = await _reached(connection, alias_id, down=True)
-    above = await _reached(connection, alias_id, down=False)
-    named = await _named(connection, {*below, *above})
-    down = _longest(below, alias_id)
-    if down is None:
-        loop = _way_back(below, alias_id)
-        raise AliasLoops(
-            f"Mail would go in a circle: {' → '.join(named[each] for each in loop)}.",
-            field="destinations",
-            chain=[named[each] for each in loop],
+async def refuse_outside(change: Change, field: str) -> None:
+    """For a host that is about to pass mail on without SRS. Raises SrsNeeded while any alias leads elsewhere."""
+    await one_at_a_time(change.connection)
+    relayed = select(domains.c.name).where(domains.c.kind == DomainKind.RELAY)
+    address = alias_destinations.c.address
+    outside = address.is_not(None) & func.substr(address, func.instr(address, "@") + 1).not_in(relayed)
+    query = select(aliases.c.address).where(aliases.c.id == alias_destinations.c.alias_id, outside)
+    found = (await change.connection.execute(query.distinct().order_by(aliases.c.address))).scalars().all()
+    if found:
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise SrsNeeded(
+            f"{', '.join(found[:SHOWN])}{more} lead to other mail servers, which would refuse what this host passes on without "
+            "SRS. Lead them elsewhere or delete them first, or leave SRS on.",
+            field=field,
+            aliases=found[:SHOWN],
         )
-    up = _longest(above, alias_id) or [alias_id]
-    chain = [*reversed(up[1:]), *down]
-    if len(chain) > MAX_DEPTH:
-        raise AliasTooDeep(
-            f"Mail would pass through {len(chain)} aliases, and {MAX_DEPTH} are allowed: "
-            f"{' → '.join(named[each] for each in chain)}.",
-            field="destinations",
-            chain=[named[each] for each in chain],
-        )
-
-
-async def _reached(connection: AsyncConnection, start: int, *, down: bool) -> dict[int, set[int]]:
-    """Of every alias that is led to (or, up, that leads) from here, the next ones."""
-    here, there = alias_destinations.c.alias_id, alias_destinations.c.target_alias_id
-    if not down:
-        here, there = there, here
-    edges: dict[int, set[int]] = {}
-    level = {start}
-    while level:
-        if len(edges) > _REACH:
-            way = "It would lead to" if down else "It would be reached through"
-            raise AliasTooDeep(f"{way} more than {_REACH} other aliases.", field="destinations")
-        edges |= {each: set() for each in level}
-        query = select(here.label("here"), there.label("there")).where(here.in_(level), there.is_not(None))
-        for row in await connection.execute(query):
-            edges[row.here].add(row.there)
-        level = {each for found in edges.values() for each in found} - edges.keys()
-    return edges
-
-
-def _longest(edges: Mapping[int, Collection[int]], start: int) -> list[int] | None:
-    """The longest way from here; None if one leads back to where it was."""
-    done: dict[int, list[int]] = {}
-    on_the_way: set[int] = set()
-    stack = [(start, False)]
-    while stack:
-        node, seen = stack.pop()
-        if seen:
-            on_the_way.discard(node)
-            done[node] = [node, *max((done[each] for each in edges[node]), key=len, default=[])]
-            continue
-        if node in done:
-            continue
-        if node in on_the_way:
-            return None
-        on_the_way.add(node)
-        stack.append((node, True))
-        for each in edges[node]:
-            if each in on_the_way:
-                return None
-            stack.append((each, False))
-    return done[start]
-
-
-def _way_back(edges: Mapping[int, Collection[int]], start: int) -> list[int]:
-    """A shortest way from here to here."""
-    ways = [[start]]
-    seen: set[int] = set()
-    for way in ways:  # grows while it is walked
-        for each in sorted(edges[way[-1]]):
-            if each == start:
-                return [*way, start]
-            if each not in seen:
-                seen.add(each)
-                ways.append([*way, each])
-    return [start]
-
-
-async def _named(connection: AsyncConnection, ids: Collection[int]) -> dict[int, str]:
-    rows = await connection.execute(select(aliases.c.id, aliases.c.address).where(aliases.c.id.in_(ids)))
-    return {row.id: row.address for row in rows}
 
 
 # Reading
@@ -558,7 +538,11 @@ async def _fill(connection: AsyncConnection, rows: Sequence[Row[Any]], *, hosts:
     if not records:
         return []
     other = aliases.alias("other")
-    gone = or_(users.c.state == UserState.DELETED, other.c.deleted_at.is_not(None))
+    users_gone = (
+        (users.c.purged_at.is_not(None), "account_purged"),
+        (users.c.state == UserState.DELETED, "account_deleted"),
+    )
+    gone = case(*users_gone, (other.c.deleted_at.is_not(None), "alias_deleted"))
     leads_to = func.coalesce(alias_destinations.c.address, other.c.address, users.c.address)
     query = (
         select(alias_destinations.c.alias_id, leads_to.label("address"), gone.label("gone"))
@@ -572,16 +556,22 @@ async def _fill(connection: AsyncConnection, rows: Sequence[Row[Any]], *, hosts:
     )
     for row in await connection.execute(query):
         record = records[row.alias_id]
-        (record.lapsed if row.gone else record.destinations).append(row.address)
+        if row.gone:
+            record.lapsed.append(Lapsed(row.address, "destination", row.gone))
+        else:
+            record.destinations.append(row.address)
     rules = (
-        select(sender_rules.c.alias_id, users.c.address, (users.c.state == UserState.DELETED).label("gone"))
+        select(sender_rules.c.alias_id, users.c.address, case(*users_gone).label("gone"))
         .join(users, users.c.id == sender_rules.c.user_id)
         .where(sender_rules.c.alias_id.in_(records))
         .order_by(users.c.address)
     )
     for row in await connection.execute(rules):
         record = records[row.alias_id]
-        (record.lapsed if row.gone else record.designated).append(row.address)
+        if row.gone:
+            record.lapsed.append(Lapsed(row.address, "designated", row.gone))
+        else:
+            record.designated.append(row.address)
     for record in records.values():
         record.lapsed = sorted(set(record.lapsed))
     if hosts:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import Row, and_, delete, insert, select, update
+from sqlalchemy import Row, and_, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -15,6 +15,7 @@ from app.models.hosts import host_status, hosts
 from app.models.jobs import JobRow, JobState, applied, jobs
 from app.queue.contracts import MAILHOST_LANE, THE_HOST, JobKind
 from app.queue.enqueue import enqueue
+from app.services.aliases import refuse_outside, touch_all_aliases
 from app.services.audit_events import record_event
 from app.services.changes import Change
 
@@ -29,7 +30,11 @@ _WITH_STATUS = select(
     applied.c.revision,
     applied.c.proofs,
 ).select_from(
-    hosts.outerjoin(host_status, host_status.c.host == hosts.c.name).outerjoin(
+    hosts.outerjoin(
+        # Older than the host: of another one that had its name.
+        host_status,
+        and_(host_status.c.host == hosts.c.name, host_status.c.heartbeat_at >= hosts.c.created_at),
+    ).outerjoin(
         applied,
         and_(
             applied.c.host == hosts.c.name,
@@ -41,11 +46,15 @@ _WITH_STATUS = select(
 
 
 async def create_host(change: Change, name: str, *, enabled: bool = True) -> str:
+    """Raises HostExists, and SrsNeeded for an enabled one while aliases lead elsewhere: it begins without SRS."""
+    if enabled:
+        await refuse_outside(change, field="enabled")
+    version = await _first_version(change.connection, name)
     values = {
         "name": name,
         "enabled": enabled,
         "settings": {},
-        "version": 1,
+        "version": version,
         "created_at": change.now,
         "updated_at": change.now,
     }
@@ -55,9 +64,23 @@ async def create_host(change: Change, name: str, *, enabled: bool = True) -> str
         if duplicate_of(error) in ("primary", "hosts_name"):
             raise HostExists(f"The host {name} is there already.", host=name) from None
         raise
-    # No job: its worker looks at the configuration when it starts.
     await record_event(change, "hosts.create", "host", name, after={"name": name, "enabled": enabled})
+    await _enqueue(change, name, version)
+    if enabled:
+        await touch_all_aliases(change)
     return name
+
+
+async def _first_version(connection: AsyncConnection, name: str) -> int:
+    """Above all that was ever asked of, or done by, a host that had the name before: nothing of it is this one's."""
+    done = select(func.max(applied.c.version)).where(
+        applied.c.host == name, applied.c.kind == JobKind.MAILHOST_SYNC.value, applied.c.subject_id == THE_HOST
+    )
+    asked = select(func.max(jobs.c.version)).where(
+        jobs.c.host == name, jobs.c.kind == JobKind.MAILHOST_SYNC.value, jobs.c.subject_id == THE_HOST
+    )
+    found = [(await connection.execute(query)).scalar() or 0 for query in (done, asked)]
+    return 1 + max(found)
 
 
 async def change_host(
@@ -65,7 +88,8 @@ async def change_host(
 ) -> str:
     """Sets `enabled`, and single members of `settings` (null: the default again). What is so already is no change.
 
-    A host that is not enabled gets no new accounts; those that it has stay. Raises BadField for a setting that cannot be.
+    A host that is not enabled gets no new accounts; those that it has stay. Raises BadField for a setting that cannot be, and
+    SrsNeeded when the host would pass on without SRS what aliases lead elsewhere.
     """
     row = (await change.connection.execute(select(hosts).where(hosts.c.name == name).with_for_update())).one_or_none()
     if row is None:
@@ -77,13 +101,22 @@ async def change_host(
     new = {member: value for member, value in new.items() if getattr(row, member) != value}
     if not new:
         return name
+    enabled = new.get("enabled", row.enabled)
+    if _is_without_srs(enabled, settings) and not _is_without_srs(row.enabled, row.settings):
+        await refuse_outside(change, field="settings/srs" if "settings" in new else "enabled")
     await change.connection.execute(
         update(hosts).where(hosts.c.name == name).values(**new, version=row.version + 1, updated_at=change.now)
     )
     before = {member: getattr(row, member) for member in new}
     await record_event(change, "hosts.change", "host", name, before=before, after=new)
     await _enqueue(change, name, row.version + 1)
+    if enabled and not row.enabled:
+        await touch_all_aliases(change)
     return name
+
+
+def _is_without_srs(enabled: bool, settings: Mapping[str, Any]) -> bool:
+    return enabled and settings.get("srs") is not True
 
 
 def merged_settings(present: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +164,10 @@ async def _enqueue(change: Change, name: str, version: int) -> int:
 
 
 async def delete_host(change: Change, name: str, *, expected_version: int | None = None) -> None:
-    """Only one that never had a mailbox. Raises HostInUse and VersionConflict."""
+    """Only one that never had a mailbox. Raises HostInUse and VersionConflict.
+
+    Its jobs, and what its worker reported, stay: only the worker's side may take them away. See `_first_version`.
+    """
     row = (await change.connection.execute(select(hosts).where(hosts.c.name == name).with_for_update())).one_or_none()
     if row is None:
         raise _missing(name)

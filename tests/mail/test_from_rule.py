@@ -5,12 +5,13 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from tests.stack.accounts import PASSWORD, Account
 from tests.stack.mail import PRIMARY_DOMAIN, MailStack
-from tests.stack.processes import run
+from tests.stack.processes import free_ports, run
 
 ALICE = f"alice@{PRIMARY_DOMAIN}"
 FORGED = f"From: bob@{PRIMARY_DOMAIN}\r\n\r\nx\r\n"
@@ -26,6 +27,9 @@ def answer(body: bytes, head: bytes = OK) -> bytes:
 def instead_of_policy(stack: MailStack, reply: bytes | None) -> Iterator[list[bytes]]:
     """Something else listens where rspamd asks, takes each request and replies so; None: it never does."""
     stack.stop(stack.policy)
+    (from_port,) = free_ports(1)
+    stack.start_policy(from_port)
+    stack.wait_for_policy(from_port)
     asked: list[bytes] = []
     over = threading.Event()
     with socket.create_server(("127.0.0.1", stack.settings.from_port)) as server:
@@ -53,14 +57,19 @@ def instead_of_policy(stack: MailStack, reply: bytes | None) -> Iterator[list[by
             server.shutdown(socket.SHUT_RDWR)
             thread.join()
             server.close()
+            stack.stop(stack.policy)
             stack.start_policy()
             stack.wait_for_policy()
 
 
 @pytest.fixture
-def client(stack: MailStack, account: Account) -> Iterator[smtplib.SMTP]:
+def home(account: Account) -> Path:
+    return account(ALICE)
+
+
+@contextmanager
+def before_data(stack: MailStack) -> Iterator[smtplib.SMTP]:
     """Alice has said to whom; the message comes next."""
-    account(ALICE)
     with stack.submission(ALICE, PASSWORD) as client:
         assert client.mail(ALICE)[0] == 250
         assert client.rcpt(ALICE)[0] == 250
@@ -94,15 +103,15 @@ def client(stack: MailStack, account: Account) -> Iterator[smtplib.SMTP]:
         None,
     ],
 )
-def test_no_clear_answer(stack: MailStack, client: smtplib.SMTP, reply: bytes | None) -> None:
-    with instead_of_policy(stack, reply) as asked:
+def test_no_clear_answer(stack: MailStack, home: Path, reply: bytes | None) -> None:
+    with instead_of_policy(stack, reply) as asked, before_data(stack) as client:
         code, text = client.data(f"From: {ALICE}\r\n\r\nx\r\n")
         assert (code, text[:5]) == (451, b"4.7.1"), text
         assert asked
 
 
-def test_clear_answers(stack: MailStack, client: smtplib.SMTP) -> None:
-    with instead_of_policy(stack, answer(b'{"action": "accept"}')) as asked:
+def test_clear_answers(stack: MailStack, home: Path) -> None:
+    with instead_of_policy(stack, answer(b'{"action": "accept"}')) as asked, before_data(stack) as client:
         assert client.data(FORGED)[0] == 250
     head, _, body = asked[0].partition(b"\r\n\r\n")
     lines = head.split(b"\r\n")
@@ -111,12 +120,15 @@ def test_clear_answers(stack: MailStack, client: smtplib.SMTP) -> None:
     assert body.rstrip() == f"From: bob@{PRIMARY_DOMAIN}".encode()
 
 
-def test_refusal_in_the_words_of_the_answer(stack: MailStack, client: smtplib.SMTP) -> None:
-    with instead_of_policy(stack, answer(b'{"action": "reject", "reason": "No. See 100%"}')):
+def test_refusal_in_the_words_of_the_answer(stack: MailStack, home: Path) -> None:
+    with (
+        instead_of_policy(stack, answer(b'{"action": "reject", "reason": "No. See 100%"}')),
+        before_data(stack) as client,
+    ):
         assert client.data(f"From: {ALICE}\r\n\r\nx\r\n") == (554, b"5.7.1 No. See 100%")
 
 
-def test_header_arrives_as_it_was_sent(stack: MailStack, client: smtplib.SMTP) -> None:
+def test_header_arrives_as_it_was_sent(stack: MailStack, home: Path) -> None:
     lines = [
         "Subject: a\r\n b\r\n\tc",
         "FROM:  x  ",
@@ -127,7 +139,7 @@ def test_header_arrives_as_it_was_sent(stack: MailStack, client: smtplib.SMTP) -
         "X-8bit: \xfc",
         "To: =?utf-8?Q?=C3=BC?= <a@example.net>",
     ]
-    with instead_of_policy(stack, answer(b'{"action": "accept"}')) as asked:
+    with instead_of_policy(stack, answer(b'{"action": "accept"}')) as asked, before_data(stack) as client:
         assert client.data("\r\n".join([*lines, "", "From: body\r\n"]).encode("latin-1"))[0] == 250
     got = asked[0].partition(b"\r\n\r\n")[2].replace(b"\r\n", b"\n").decode("latin-1")
     folded = got.replace("\n ", "\0 ").replace("\n\t", "\0\t").strip("\n").split("\n")

@@ -19,6 +19,7 @@ from sqlalchemy import select
 
 from app.config import WorkerSettings
 from app.db import Database, utc_now
+from app.errors import SrsNeeded
 from app.models.domains import DomainKind
 from app.models.jobs import applied
 from app.queue.contracts import MAILHOST_SYNC, THE_HOST
@@ -29,10 +30,13 @@ from app.workers.host import mailhost
 from app.workers.host.handlers.mailhost import sync_mailhost
 from app.workers.host.handlers.users import GiveUp, Host, TryAgain
 from app.workers.host.loop import Worker, opened
+from app.workers.host.sweep import sweep
 from tests.conftest import ACTOR
+from tests.stack.accounts import NOW
 from tests.stack.certificates import make_certificates
 from tests.stack.mail import HOST, PRIMARY_DOMAIN, MailStack
 from tests.stack.mariadb import MariaDB
+from tests.stack.processes import run
 from tests.workers.host.machine import environment
 
 pytestmark = pytest.mark.asyncio
@@ -74,6 +78,9 @@ def settings(stack: MailStack, mariadb: MariaDB) -> WorkerSettings:
         wake_directory=stack.directory,
         postfix_config=stack.postfix_config,
         postfix_recipients=stack.recipients_map,
+        postfix_local_aliases=stack.local_aliases_map,
+        postfix_virtual_aliases=stack.virtual_aliases_map,
+        aliases_directory=stack.aliases,
         dovecot_config=stack.dovecot_config,
         host_file=write_host_file(stack),
     )
@@ -260,6 +267,97 @@ async def test_a_program_that_does_not_run_is_said(host: Host, api: Database, st
     assert size_limit(stack) == 3_000_000
 
 
+async def test_srs_by_a_setting(host: Host, api: Database, mariadb: MariaDB, stack: MailStack) -> None:
+    """Postfix asks postsrsd when that answers as Postfix will ask it, and not before: mail would have to wait."""
+    main = stack.postfix_config / "main.cf"
+    before = main.read_text()
+    await patch(api, srs=True)
+    with pytest.raises(GiveUp, match=r"postsrsd does not do SRS: port .* systemd does not run here.*restart postsrsd"):
+        await sync_mailhost(host, THE_HOST)
+    assert main.read_text() == before
+    assert stack.send(f"nobody@{PRIMARY_DOMAIN}") == 550, "an answer, and not 451"
+    await asyncio.to_thread(stack.start_postsrsd)
+    for _ in range(3):
+        with suppress(TryAgain):  # Postfix waits for seconds while a file is new
+            outcome = await sync_mailhost(host, THE_HOST)
+            break
+    assert outcome.proofs["srs"]["result"] == "ok"
+    assert "srs_forward" in main.read_text()
+    assert stack.send(f"nobody@{PRIMARY_DOMAIN}") == 550
+    mariadb.sql(
+        "INSERT aliases (id, address, local_part, domain_id, kind, note, version, created_at, updated_at)"
+        f" SELECT 1, 'pr@{PRIMARY_DOMAIN}', 'pr', id, 'send_as', '', 1, {NOW}, {NOW} FROM domains;"
+        "INSERT alias_destinations (alias_id, position, address) VALUES (1, 0, 'friend@example.net')",
+        "owner",
+    )
+    assert stack.send(f"pr@{PRIMARY_DOMAIN}", sender="s@example.org") == 250
+    queue = run(["postqueue", "-c", stack.postfix_config, "-j"])
+    assert '"sender": "SRS0=' in queue
+    run(["postsuper", "-c", stack.postfix_config, "-d", "ALL"])
+
+    stack.stop(stack.postsrsd)
+    with pytest.raises(GiveUp, match="postsrsd does not do SRS"):
+        await sync_mailhost(host, THE_HOST)
+    await asyncio.to_thread(stack.start_postsrsd)
+    assert (await sync_mailhost(host, THE_HOST)).result == {"changed": []}
+    with pytest.raises(SrsNeeded):
+        await patch(api, srs=False)
+    mariadb.sql("DELETE FROM alias_destinations", "owner")
+    await patch(api, srs=False)
+    assert set((await sync_mailhost(host, THE_HOST)).proofs) == {"files", "postfix", "dovecot", "certificate"}
+    assert "srs_forward" not in main.read_text()
+    stack.stop(stack.postsrsd)
+
+
+async def test_postsrsd_under_systemd(
+    host: Host, api: Database, stack: MailStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here its own words say that it does not run."""
+    monkeypatch.setattr(mailhost, "_has_systemd", lambda: True)
+    await patch(api, srs=True)
+    with pytest.raises(GiveUp, match=r"systemctl restart postsrsd says: \S.*apt-get install postsrsd"):
+        await sync_mailhost(host, THE_HOST)
+    await patch(api, srs=None)
+    await sync_mailhost(host, THE_HOST)
+
+
+@pytest.mark.parametrize(
+    ("answers", "says"),
+    [
+        ([b"500 no\n"], "answers 500 no"),
+        ([b""], "answers nothing"),
+        ([b"200 sender@elsewhere.invalid\n"], "makes sender@elsewhere.invalid of sender@elsewhere.invalid"),
+        ([b"200 SRS0=a=b=elsewhere.invalid=sender@other.test\n"], "makes SRS0"),
+        ([b"200 SRS0=a=b=elsewhere.invalid=sender@cacert.test\n", b"500 Hash\n"], "answers 500 Hash"),
+        (
+            [b"200 SRS0=a=b=elsewhere.invalid=sender@cacert.test\n", b"200 x@example.net\n"],
+            "makes x@example.net of SRS0",
+        ),
+        ([b"200 SRS0=a=b=elsewhere.invalid=sender@cacert.test\n", b"200 sender@elsewhere.invalid\n"], ""),
+    ],
+)
+async def test_what_is_no_srs(stack: MailStack, answers: list[bytes], says: str) -> None:
+    """Somebody else on the ports, or a postsrsd with other settings."""
+    asked: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readline())
+        writer.write(answers[len(asked) - 1])
+        writer.close()
+        await writer.wait_closed()
+
+    settings = stack.settings
+    async with (
+        await asyncio.start_server(serve, "127.0.0.1", settings.srs_forward_port),
+        await asyncio.start_server(serve, "127.0.0.1", settings.srs_reverse_port),
+    ):
+        wanted = mailhost.Wanted(1, settings, stack.file, PRIMARY_DOMAIN)
+        proof = await mailhost.prove_srs(wanted)
+    assert proof["result"] == ("failed" if says else "ok")
+    assert says in proof["detail"]
+    assert asked[0] == b"get sender@elsewhere.invalid\n"
+
+
 async def test_hostile_settings(host: Host, api: Database, mariadb: MariaDB, stack: MailStack) -> None:
     before = (stack.postfix_config / "main.cf").read_text()
     for settings in ('{"smtp_port": "25 mynetworks"}', '{"homes": "/etc"}', "[]", '{"smtp_port": 0}'):
@@ -299,13 +397,36 @@ async def test_a_host_file_that_cannot_be_used(
         path.unlink()
 
 
-async def test_the_sweep_mends_it_too(host: Host, settings: WorkerSettings, api: Database, stack: MailStack) -> None:
+async def test_the_sweep_mends_it_too(
+    host: Host, settings: WorkerSettings, api: Database, stack: MailStack, mariadb: MariaDB
+) -> None:
     main = stack.postfix_config / "main.cf"
     right = main.read_text()
     main.write_text(right.replace("smtpd_helo_required = yes", "smtpd_helo_required = no"))
-    await Worker(host, settings).sweep()
+    worker = Worker(host, settings)
+    await worker.sweep()  # makes the alias file
+    assert (await worker.sweep()).lines == [], "what a job is about is the job's business"
+    assert main.read_text() != right
+    mariadb.sql("UPDATE jobs SET state = 'done'", "owner")
+    started = "INSERT host_status (host, heartbeat_at, started_at, `release`)"
+    mariadb.sql(f"{started} VALUES ('{HOST}', {NOW}, {NOW}, '0')", "owner")
+    said = f"mailhost: {main} has 'smtpd_helo_required = no', lacks 'smtpd_helo_required = yes'"
+    dry = await sweep(host, worker.lane, dry_run=True)
+    assert (dry.lines, dry.differ, dry.left) == ([said], 1, 1)
+    assert main.read_text() != right
+    report = await worker.sweep()
+    assert (report.lines, report.differ, report.repaired, report.left) == ([f"{said}: repaired"], 1, 1, 0)
     assert main.read_text() == right
+    assert mariadb.sql("SELECT JSON_VALUE(sweep, '$.lines[0]') FROM host_status", "owner") == [[f"{said}: repaired"]]
+    assert (await worker.sweep()).lines == []
     async with api.read.connect() as connection:
         row = (await connection.execute(select(applied).where(applied.c.kind == MAILHOST_SYNC))).one()
     assert (row.stands, row.subject_id) == (True, THE_HOST)
     assert {proof["result"] for proof in row.proofs.values()} == {"ok"}
+    stack.dovecot_config.unlink()
+    write_host_file(stack, postfix_password=SecretStr("wrong"))
+    report = await worker.sweep()
+    assert (report.differ, report.repaired, report.left) == (1, 0, 1)
+    assert report.lines[0].startswith("mailhost: The query of ")
+    write_host_file(stack)
+    assert (await worker.sweep()).repaired == 1

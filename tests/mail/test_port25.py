@@ -73,16 +73,16 @@ def test_other_senders(stack: MailStack, account: Account, sender: str) -> None:
 
 def test_domain_of_a_sender_outside_ascii_hurts_nobody(stack: MailStack, account: Account) -> None:
     account(ALICE)
-    with stack.smtp() as client:
-        assert client.sock
-        for hostile in ("ü".encode(), b"\xfc", "用户".encode()):
+    for hostile in ("ü".encode(), b"\xfc", "用户".encode()):
+        with stack.smtp() as client:  # of its own: from the tenth refusal on each costs a second
+            assert client.sock
             for sender in (hostile + b"@" + PRIMARY_DOMAIN.encode(), b"s@" + hostile + b".test", b"s@" + hostile):
                 client.sock.sendall(b"MAIL FROM:<" + sender + b">\r\n")
                 client.getreply()
                 client.rcpt(ALICE)
                 client.rset()
-        assert envelope(client, "s@example.net")[0] == 250
-        assert envelope(client, ALICE)[0] == 550
+            assert envelope(client, "s@example.net")[0] == 250
+            assert envelope(client, ALICE)[0] == 550
 
 
 def test_domain_that_we_only_relay_is_not_ours(mariadb: MariaDB, stack: MailStack, account: Account) -> None:
@@ -105,8 +105,8 @@ def test_unknown_and_relay(stack: MailStack, account: Account) -> None:
         f"alice@sub.{PRIMARY_DOMAIN}": 554,
         f'"victim@example.net"@{PRIMARY_DOMAIN}': 554,
     }
-    with stack.smtp() as client:
-        for recipient, code in expected.items():
+    for recipient, code in expected.items():
+        with stack.smtp() as client:  # of its own: from the tenth refusal on each costs a second
             for sender in ("s@example.net", "", RETURNS):
                 assert envelope(client, sender, recipient)[0] == code, (sender, recipient)
 

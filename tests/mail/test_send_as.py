@@ -82,11 +82,9 @@ def try_both(client: smtplib.SMTP, sender: str, own: str) -> tuple[bool, bool]:
     """Whether it is taken as the envelope sender, and as From under one's own envelope."""
     to = address("ann")
     client.rset()
-    client.mail(sender)
-    envelope = client.rcpt(to)[0] == 250
+    envelope = client.mail(sender)[0] == 250 and client.rcpt(to)[0] == 250
     client.rset()
-    client.mail(own)
-    if client.rcpt(to)[0] != 250:
+    if client.mail(own)[0] != 250 or client.rcpt(to)[0] != 250:
         return envelope, False
     code, _ = client.data(f"From: <{sender}>\r\nTo: <{to}>\r\nSubject: x\r\n\r\ntext\r\n".encode())
     assert code == 250 or 500 <= code < 600, code

@@ -119,7 +119,7 @@ async def test_a_deleted_account_that_is_still_known(site: Site, worker_settings
     uid, home = user["uid"], user["home"]
     gone = f"SELECT '{user['address']}' AS address, '{worker_settings.mail_host}' AS host"
     try:
-        for view, more in (("postfix_recipients", ""), ("dovecot_users", f", {uid}, {uid}, '{home}', NULL")):
+        for view, more in (("postfix_recipients", ""), ("dovecot_users", f", {uid}, {uid}, '{home}', NULL, 'never'")):
             [definition] = [each.select("mariadb") for each in VIEWS if each.name == view]
             site.mariadb.sql(f"CREATE OR REPLACE VIEW {view} AS {definition} UNION ALL {gone}{more}", "owner")
         status, lines = await dry(worker_settings)

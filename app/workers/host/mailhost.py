@@ -15,6 +15,7 @@ import socket
 import ssl
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -179,19 +180,28 @@ async def _ask_checkers(file: HostFile) -> None:
 async def install(wanted: Wanted, now: datetime) -> list[Difference]:
     """Makes the installed files the wanted ones; returns what differed. The programs are not told: see `reload`.
 
-    Nothing is written unless all checkers agree. What was there is kept below `before/` in the state directory.
+    Nothing is written unless all checkers agree. What was there is kept below `before/` in the state directory. postsrsd comes
+    first: Postfix gets no configuration that asks it before it answers, since mail from elsewhere would have to wait.
     """
     files = wanted.files
     changed = compare(files)
     if not changed:
         return []
     await check(wanted)
+    cut_off = is_due(wanted)
     with open_own_directory(wanted.file.state_dir) as state:
         write_file(state, DUE, b"", 0o600)
         for difference in changed:
             copy_aside(state, f"before/{now:%Y%m%dT%H%M%S}", difference.path)
+    of_postsrsd = {wanted.file.postsrsd_defaults, wanted.file.postsrsd_secret_file}
     for difference in changed:
-        _write(difference.path, files[difference.path])
+        if difference.path in of_postsrsd:
+            _write(difference.path, files[difference.path])
+    if wanted.settings.srs:
+        await ensure_postsrsd(wanted, anew=cut_off or any(difference.path in of_postsrsd for difference in changed))
+    for difference in changed:
+        if difference.path not in of_postsrsd:
+            _write(difference.path, files[difference.path])
     return changed
 
 
@@ -253,7 +263,81 @@ def _tell_rspamd(control: Path) -> str | None:
     return None
 
 
+async def ensure_postsrsd(wanted: Wanted, *, anew: bool = False) -> bool:
+    """Has postsrsd answer as its files say, by a restart if it does not, or if `anew` is set: it reads them only then.
+
+    Returns whether it was restarted. Raises MailhostError, with what to do.
+    """
+    if not anew and (await prove_srs(wanted))["result"] == "ok":
+        return False
+    trouble = await _restart_postsrsd()
+    for pause in _STARTING:
+        await asyncio.sleep(pause)
+        proof = await prove_srs(wanted)
+        if proof["result"] == "ok":
+            return True
+    raise MailhostError(
+        f"postsrsd does not do SRS: {proof['detail']}. {trouble or 'Its log says why: journalctl -u postsrsd.'} Then the "
+        "next sweep goes on by itself, or POST /v1/jobs/{job}/retry at once. Postfix was told nothing new until then."
+    )
+
+
+_STARTING = (0, 0.1, 0.2, 0.5, 1, 2)
+"""Seconds between two questions: it needs a moment before it listens."""
+
+
+def _has_systemd() -> bool:
+    """As sd_booted(3) asks."""
+    return Path("/run/systemd/system").is_dir()
+
+
+async def _restart_postsrsd() -> str | None:
+    """A sentence when that was not possible."""
+    if not _has_systemd():
+        return "systemd does not run here, so nobody but you can restart postsrsd: do it."
+    output = await run(["/usr/bin/systemctl", "--no-ask-password", "restart", "postsrsd.service"])
+    if output.returncode == 0:
+        return None
+    said = " ".join(output.stderr.decode(errors="replace").split())[-300:]
+    return f"systemctl restart postsrsd says: {said} Install it (apt-get install postsrsd) or mend it."
+
+
 # Proof
+
+
+_ELSEWHERE = "sender@elsewhere.invalid"
+
+
+async def prove_srs(wanted: Wanted) -> dict[str, Any]:
+    """That postsrsd answers as Postfix will ask it: a sender from elsewhere becomes one of ours, which leads back."""
+    forward, reverse = wanted.settings.srs_forward_port, wanted.settings.srs_reverse_port
+    try:
+        rewritten = await _ask_table(forward, _ELSEWHERE)
+        if not rewritten.startswith("SRS0=") or not rewritten.endswith(f"@{wanted.primary_domain}"):
+            return {"result": "failed", "detail": f"port {forward} makes {rewritten[:200]} of {_ELSEWHERE}"}
+        back = await _ask_table(reverse, rewritten)
+    except (OSError, ValueError) as error:  # TimeoutError is an OSError
+        return {"result": "failed", "detail": f"port {forward} or {reverse}: {str(error) or type(error).__name__}"}
+    if back != _ELSEWHERE:
+        return {"result": "failed", "detail": f"port {reverse} makes {back[:200]} of {rewritten[:200]}"}
+    return {"result": "ok", "detail": f"answers on {forward}, {reverse}, and a rewritten sender leads back"}
+
+
+async def _ask_table(port: int, key: str) -> str:
+    """One question of tcp_table(5). Raises ValueError for anything but 200, OSError, TimeoutError."""
+    async with asyncio.timeout(5):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            writer.write(f"get {key}\n".encode("ascii"))
+            answer = (await reader.readline()).decode("ascii", "replace").strip()
+        finally:
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+    code, _, text = answer.partition(" ")
+    if code != "200":
+        raise ValueError(f"{port} answers {answer[:200] or 'nothing'}")
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +362,7 @@ def ports(settings: HostSettings) -> Sequence[Port]:
 
 
 async def prove(wanted: Wanted) -> dict[str, dict[str, Any]]:
-    """That the programs listen, greet, and show the certificate that stands in its file."""
+    """That the programs listen, greet, and show the certificate that stands in its file; with `srs`, that postsrsd answers."""
     proofs: dict[str, dict[str, Any]] = {}
     try:
         certificate = _certificate(wanted.file)
@@ -311,6 +395,8 @@ async def prove(wanted: Wanted) -> dict[str, dict[str, Any]]:
             if old and shown
             else {"result": "ok", "detail": f"every port shows that of {wanted.file.tls_certificate}"}
         )
+    if wanted.settings.srs:
+        proofs["srs"] = await prove_srs(wanted)
     return proofs
 
 

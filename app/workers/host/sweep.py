@@ -8,21 +8,26 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from app.addresses import MailAddress
 from app.db import is_lost
 from app.log import log
+from app.mailconfig.hosts import HostFileError, load_host_file
 from app.models.users import UserState
 from app.queue.claim import Outcome, record_all
-from app.queue.contracts import ALIASES_LANE, ALIASES_SYNC, MAILBOX_SYNC
+from app.queue.contracts import ALIASES_LANE, ALIASES_SYNC, MAILBOX_SYNC, MAILHOST_LANE, MAILHOST_SYNC, THE_HOST
+from app.workers.host import mailhost
 from app.workers.host.commands import CommandFailed, DovecotUser, NotConfigured
 from app.workers.host.fs import HostError, has_archive, list_archives, list_homes, owner_in_place
 from app.workers.host.handlers.aliases import compare_map, ensure_file, make_plan, make_true, prove
+from app.workers.host.handlers.mailhost import sync_mailhost
 from app.workers.host.handlers.users import (
     GiveUp,
     Host,
     TryAgain,
+    is_access_due,
     judge_login,
     judge_recipient,
     prove_maildir,
@@ -33,7 +38,7 @@ from app.workers.host.rows import (
     BadRow,
     Mailbox,
     Present,
-    aliases_at_work,
+    at_work,
     ids_at,
     known_ids,
     last_id,
@@ -87,7 +92,8 @@ class Report:
 async def sweep(host: Host, lane: Lane, *, dry_run: bool = False) -> Report:
     """Over all accounts of this host in the order of their ids, a thousand at a time; programs are asked once a batch.
 
-    Then over all aliases at once. What a job is about at the moment is the job's business.
+    Then over all aliases at once, and over the configuration of the programs. What a job is about at the moment is the job's
+    business.
     """
     report = Report()
     for after in range(0, await last_id(host.database, host.name), BATCH):
@@ -109,6 +115,9 @@ async def sweep(host: Host, lane: Lane, *, dry_run: bool = False) -> Report:
     async with lane(ALIASES_LANE, 0, ALIASES_SYNC):
         await _aliases(host, report, dry_run=dry_run)
     await _strangers(host, report)
+    if host.host_file is not None:
+        async with lane(MAILHOST_LANE, THE_HOST, MAILHOST_SYNC):
+            await _mailhost(host, host.host_file, report, dry_run=dry_run)
     if not dry_run:
         now = host.clock()
         await write_status(host.database, host.name, swept_at=now, sweep=report.as_json())
@@ -160,6 +169,9 @@ async def _differences(
             found.append((mailbox.id, mailbox, f"version {present.version} is applied, {mailbox.version} is wanted"))
             continue
         stands = mailbox.state is not UserState.DELETED
+        if is_access_due(mailbox, present):
+            found.append((mailbox.id, mailbox, "access was ended, and not here"))
+            continue
         if present.stands != stands:
             found.append((mailbox.id, mailbox, "it stands" if present.stands else "it does not stand"))
             continue
@@ -225,10 +237,10 @@ def _look(host: Host, mailbox: Mailbox, present: Present) -> dict[str, Any]:
 
 async def _aliases(host: Host, report: Report, *, dry_run: bool) -> None:
     """The alias file, and what Postfix's maps answer for every alias; one call of each program for all."""
-    at_work = await aliases_at_work(host.database, host.name)
+    busy = await at_work(host.database, host.name, ALIASES_SYNC)
     aliases = await read_aliases(host.database)
     present = await read_present_aliases(host.database, host.name)
-    mine = {alias_id: alias for alias_id, alias in aliases.rows.items() if alias_id not in at_work}
+    mine = {alias_id: alias for alias_id, alias in aliases.rows.items() if alias_id not in busy}
     report.aliases = len(mine)
     others: list[str] = []
     reasons: dict[int, str] = {}
@@ -240,7 +252,7 @@ async def _aliases(host: Host, report: Report, *, dry_run: bool) -> None:
             await ensure_file(host, plan, aliases.version, force=True)
         verdicts = await prove(host, aliases, plan, [alias for alias in mine.values() if isinstance(alias, Alias)])
     except (TryAgain, HostError, OSError) as error:
-        for line in (*([] if at_work else others), str(error)):
+        for line in (*([] if busy else others), str(error)):
             _strange(report, line)
         return
     for alias_id, alias in mine.items():
@@ -260,7 +272,7 @@ async def _aliases(host: Host, report: Report, *, dry_run: bool) -> None:
             outdated.add(alias_id)
     await _repair_aliases(host, report, reasons, outdated, present, dry_run=dry_run)
     # While jobs wait the file is not yet what the rows say. What an alias's own line tells is not told twice.
-    for line in [] if at_work or (reasons and not dry_run) else others:
+    for line in [] if busy or (reasons and not dry_run) else others:
         report.differ += 1
         report.repaired += not dry_run
         report.left += dry_run
@@ -299,6 +311,29 @@ async def _repair_aliases(
         else:
             report.repaired += 1
             report.note(f"alias {alias_id}: {why}: repaired")
+
+
+async def _mailhost(host: Host, host_file: Path, report: Report, *, dry_run: bool) -> None:
+    """A file that was changed by hand, a certificate that was renewed, a program that does not answer."""
+    if await at_work(host.database, host.name, MAILHOST_SYNC):
+        return
+    try:
+        if dry_run:
+            wanted = await mailhost.read_wanted(host.database, host.name, load_host_file(host_file))
+            for difference in mailhost.compare(wanted.files):
+                _strange(report, f"mailhost: {difference.path} {difference.words}")
+            return
+        now = host.clock()
+        outcome = await sync_mailhost(host, THE_HOST)
+    except (BadRow, HostFileError, HostError, OSError, GiveUp, TryAgain) as error:
+        log.error("mailhost_differs", error=str(error))
+        _strange(report, f"mailhost: {error}")
+        return
+    for line in outcome.result["changed"]:
+        report.differ += 1
+        report.repaired += 1
+        report.note(f"mailhost: {line}: repaired")
+    await record_all(host.database, host.name, MAILHOST_SYNC, {THE_HOST: outcome}, now)
 
 
 async def _strangers(host: Host, report: Report) -> None:

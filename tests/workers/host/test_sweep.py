@@ -103,6 +103,15 @@ async def failed_proof(machine: Machine, user_id: int) -> None:
     )
 
 
+async def ended_by_an_earlier_release(machine: Machine, user_id: int) -> None:
+    """Which did not say when."""
+    await machine.suspend(user_id)
+    await machine.sync(user_id)
+    await no_jobs(machine)
+    remove = "JSON_REMOVE(result, '$.flushed_at')"
+    await machine.as_owner(f"UPDATE applied SET result = {remove} WHERE subject_id = {user_id}")
+
+
 async def job_dead(machine: Machine, user_id: int) -> None:
     await machine.suspend(user_id)
     await no_jobs(machine, JobState.DEAD)
@@ -163,6 +172,7 @@ DRIFT: dict[str, tuple[Harm, str]] = {
     "applied lost": (applied_lost, "version 0 is applied, 1 is wanted"),
     "hidden": (hidden, "it does not stand"),
     "failed proof": (failed_proof, "sessions: 2 sessions are still open"),
+    "ended by an earlier release": (ended_by_an_earlier_release, "access was ended, and not here"),
     "job dead": (job_dead, "version 1 is applied, 2 is wanted"),
     "job lost": (job_lost, "version 1 is applied, 2 is wanted"),
     "back from the archive": (back_from_the_archive, "maildir: its home is in place"),

@@ -10,6 +10,7 @@ local ucl = require "ucl"
 local URL = "http://127.0.0.1:{{ settings.from_port }}/from"
 local SECONDS = 5
 local NAME = "FROM_RULE"
+local BEGIN = "X-Header-Begins: here\r\n"
 
 local function wait(task, why)
   rspamd_logger.errx(task, "%s: no answer: %s", NAME, why)
@@ -34,7 +35,21 @@ local function obey(task, code, body)
   end
 end
 
+-- What the sender wrote. Postfix puts the line before it: without that, the beginning of a body would pass for a header.
+local function header(task)
+  local all = tostring(task:get_raw_headers())
+  if all:sub(1, #BEGIN) ~= BEGIN then
+    return nil
+  end
+  return all:sub(#BEGIN + 1)
+end
+
 local function ask(task)
+  local block = header(task)
+  if block == nil then
+    return wait(task, "the header does not begin as Postfix makes it")
+  end
+  task:set_milter_reply({ remove_headers = { ["X-Header-Begins"] = 1 } })
   local from = task:get_from("smtp")
   local sent = rspamd_http.request({
     task = task,
@@ -45,7 +60,8 @@ local function ask(task)
       ["X-Login"] = task:get_user(),
       ["X-Envelope-From"] = from and from[1] and from[1].addr or "",
     },
-    body = task:get_raw_headers(),
+    -- An empty body would be none.
+    body = block == "" and "\r\n" or block,
     timeout = SECONDS,
     keepalive = true,
     callback = function(problem, code, body)

@@ -20,15 +20,19 @@ SETTLE = (0.2, 0.5, 1, 2, 4)
 
 
 async def sync_mailhost(host: Host, subject_id: int) -> Outcome:
-    """Returns what was made so and proved. Raises GiveUp for what waiting cannot mend, TryAgain for the rest."""
+    """Returns what was made so and proved; its result says in words what differed. Raises GiveUp for what waiting cannot mend,
+    TryAgain for the rest."""
     if subject_id != THE_HOST:
         raise GiveUp("A host has one configuration.")
-    if host.host_file is None:
-        version = (await read_host(host.database, host.name)).version
-        return Outcome(version, False, {"files": NOT_CONFIGURED}, {})
     try:
+        if host.host_file is None:
+            version = (await read_host(host.database, host.name)).version
+            return Outcome(version, False, {"files": NOT_CONFIGURED}, {})
         wanted = await mailhost.read_wanted(host.database, host.name, load_host_file(host.host_file))
         changed = await mailhost.install(wanted, host.clock())
+        done = [f"{difference.path} {difference.words}"[:500] for difference in changed]
+        if wanted.settings.srs and not changed and await mailhost.ensure_postsrsd(wanted):
+            done.append("postsrsd did not answer")
     except (BadRow, MailhostError, HostFileError) as error:
         raise GiveUp(str(error)) from None
     if told := bool(changed) or mailhost.is_due(wanted):
@@ -37,11 +41,12 @@ async def sync_mailhost(host: Host, subject_id: int) -> Outcome:
     if mailhost.shows_another_certificate(proofs):
         await _reload(wanted)
         proofs = await _prove(wanted, told=True)
+        done.append(f"{wanted.file.tls_certificate} was renewed, and the programs had not read it")
     broken = [f"{name}: {proof['detail']}" for name, proof in proofs.items() if proof["result"] == "failed"]
     if broken:
         raise TryAgain("; ".join(broken))
     files = {"result": "ok", "detail": f"{len(wanted.files)} files are as rendered"}
-    return Outcome(wanted.version, True, {"files": files, **proofs}, {"changed": [str(each.path) for each in changed]})
+    return Outcome(wanted.version, True, {"files": files, **proofs}, {"changed": done})
 
 
 async def _reload(wanted: Wanted) -> None:
