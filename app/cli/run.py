@@ -6,8 +6,10 @@ worker may: they are this very command, and nothing of a request reaches them.
 
 import asyncio
 import ctypes
+import email
 import hashlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from email.policy import SMTP
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +27,7 @@ from sqlalchemy.exc import DBAPIError
 from app.addresses import DomainName
 from app.cli.db import NotOurs, upgrade_database
 from app.config import ApiSettings
+from app.credentials.links import create_link_key
 from app.credentials.tokens import KeysUnusable, create_request_key, create_signing_key
 from app.db import Database, utc_now
 from app.models.domains import DomainKind
@@ -51,6 +55,8 @@ def run_all() -> int:
         "HOST_ROOT": str(place.host.resolve()),
         "LOCK_FILE": str((VAR / "worker.lock").resolve()),
         "LOG_LEVEL": "warning",
+        "OUTBOX": str(place.outbox.resolve()),
+        "PUBLIC_URL": url,
         **os.environ,
         "ISSUER": os.environ.get("ISSUER", url),
         "DATABASE_URL": settings.database_url.get_secret_value(),
@@ -77,7 +83,11 @@ def run_all() -> int:
             print("The API did not start; what it said stands above.", file=sys.stderr)
             return 1
         _explain(url, fresh, place)
+        seen = set(place.outbox.glob("*.eml"))
         while all(process.poll() is None for process in processes):
+            for path in sorted(set(place.outbox.glob("*.eml")) - seen):
+                seen.add(path)
+                _show(path)
             time.sleep(0.2)
         print("One of the processes ended by itself; what it said stands above. Stopping the others.", file=sys.stderr)
         return 1
@@ -93,6 +103,7 @@ class Place(NamedTuple):
 
     host: Path
     administrator: Path
+    outbox: Path
 
 
 def _place(settings: ApiSettings) -> Place:
@@ -100,7 +111,7 @@ def _place(settings: ApiSettings) -> Place:
     suffix = ""
     if url != ApiSettings.model_fields["database_url"].default.get_secret_value():
         suffix = "-" + hashlib.sha256(make_url(url).render_as_string().encode()).hexdigest()[:8]
-    return Place(VAR / f"host{suffix}", VAR / f"first-administrator{suffix}.env")
+    return Place(VAR / f"host{suffix}", VAR / f"first-administrator{suffix}.env", VAR / f"outbox{suffix}")
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -122,6 +133,7 @@ async def _prepare(settings: ApiSettings, administrator: Path) -> tuple[str, str
     if not settings.key_directory.is_dir() or not any(settings.key_directory.glob("*.pem")):
         create_signing_key(settings.key_directory)
     create_request_key(settings.key_directory)
+    create_link_key(settings.link_key_file)
     database = Database(settings.database_url.get_secret_value(), ca_file=settings.database_ca_file)
     try:
         await upgrade_database(database)
@@ -195,6 +207,16 @@ def _explain(url: str, fresh: tuple[str, str] | None, place: Place) -> None:
         f"\nIts Maildir then lies in {place.host / 'home' / 'alice' / 'Maildir'}. Ctrl-C stops everything.",
         flush=True,
     )
+
+
+def _show(path: Path) -> None:
+    """Mail that would have been sent. Here, and nowhere else, its link is printed."""
+    message = email.message_from_bytes(path.read_bytes(), policy=SMTP)
+    text = message.get_body(("plain",))
+    found = re.search(r"^https?://\S+#\S+", text.get_content(), re.MULTILINE) if text else None
+    print(f"\nMail to {message['To']}: {message['Subject']} ({path})", flush=True)
+    if found:
+        print(f"  {found[0]}", flush=True)
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:

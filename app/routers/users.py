@@ -1,6 +1,6 @@
 """/v1/users: accounts with a mailbox."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -10,9 +10,10 @@ from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
 from app.addresses import DomainName, MailAddress, OutsideAddress
-from app.credentials.passwords import check_hash, check_password, hash_password
+from app.credentials.passwords import check_hash
 from app.errors import Unchangeable
 from app.models.users import UserState
+from app.routers.passwords import new_hash
 from app.routers.shapes import (
     CHANGED,
     CONFLICT,
@@ -23,6 +24,7 @@ from app.routers.shapes import (
     NOT_MODIFIED,
     PREFER,
     CanPurgeUsers,
+    CanReadOwnUser,
     CanReadUsers,
     CanWriteUsers,
     HostName,
@@ -32,6 +34,8 @@ from app.routers.shapes import (
     takes,
 )
 from app.services import users as service
+from app.services.password_resets import Terms
+from app.services.passwords import create_invited_user
 from app.services.users import NewUser, UserFilter, UserRecord
 from app.web.answers import JobBody, answer, job_body, settled
 from app.web.conditional import etag, expected_version
@@ -79,6 +83,7 @@ class UserBody(BaseModel):
                     "deleted_at": None,
                     "purge_at": None,
                     "purged_at": None,
+                    "locked_at": None,
                 }
             ]
         }
@@ -106,6 +111,7 @@ class UserBody(BaseModel):
     deleted_at: datetime | None
     purge_at: datetime | None = Field(description="When the archived mail and the personal data go for good.")
     purged_at: datetime | None
+    locked_at: datetime | None = Field(description="Stolen, it seemed: suspended until it is unlocked.")
 
 
 def user_body(record: UserRecord) -> dict[str, Any]:
@@ -156,19 +162,25 @@ class NewUserBody(BaseModel):
     )
     password_hash: SecretStr | None = Field(None, max_length=500, description="A ready-made Dovecot hash, `{SCHEME}…`.")
     reuse_address: bool = Field(False, description="Take the address of a deleted account, on purpose.")
+    invite: bool = Field(
+        False,
+        description="Mail the contact address a link by which the owner sets the password. Else nothing is mailed.",
+    )
 
     @model_validator(mode="after")
     def one_password(self) -> "NewUserBody":
         if self.password is not None and self.password_hash is not None:
             raise PydanticCustomError("two_passwords", "Send password or password_hash, not both.")
+        if self.invite and (self.password is not None or self.password_hash is not None):
+            raise PydanticCustomError("invited", "Whoever is invited sets the password: send none.")
         return self
 
 
 _INSTEAD = {
     "address": "An address never changes. Create an account with the new one; an alias can lead the old one there.",
     "host": "An account does not move between hosts.",
-    "password": "A password is not changed here.",
-    "password_hash": "A password is not changed here.",
+    "password": "A password is not changed here: PUT /v1/users/{user}/password.",
+    "password_hash": "A password is not changed here: PUT /v1/users/{user}/password.",
 }
 
 
@@ -210,7 +222,7 @@ class ChangedUserBody(BaseModel):
         return value
 
 
-async def _answer(call: Call, key: MailAddress | int, *, created: bool = False) -> Response:
+async def answer_user(call: Call, key: MailAddress | int, *, created: bool = False) -> Response:
     async def read() -> UserRecord:
         return await call.read(service.get_user, key)
 
@@ -237,10 +249,7 @@ async def _hashed(call: Call, body: NewUserBody) -> str | None:
         return check_hash(body.password_hash.get_secret_value())
     if body.password is None:
         return None
-    password = body.password.get_secret_value()
-    minimum = call.service.settings.password_min_length
-    check_password(password, address=body.address, display_name=body.display_name, minimum=minimum)
-    return await hash_password(password)
+    return await new_hash(call, body.password, body.address, body.display_name)
 
 
 @router.post(
@@ -264,12 +273,16 @@ async def create_user(body: NewUserBody, call: CanWriteUsers) -> Response:
         password_hash=await _hashed(call, body),
         reuse_address=body.reuse_address,
     )
-    made: UserRecord | int = await call.write(service.create_user, new)
+    if body.invite:
+        terms = Terms(call.service.link_key, timedelta(days=call.service.settings.invitation_days))
+        made: UserRecord | int = await call.write(create_invited_user, new, terms)
+    else:
+        made = await call.write(service.create_user, new)
     if isinstance(made, UserRecord):
         if not seconds_to_wait(call.request):
             return _answered(call, made, created=True)
         made = made.id
-    return await _answer(call, made, created=True)
+    return await answer_user(call, made, created=True)
 
 
 @router.get("", response_model=UserList, summary="List accounts")
@@ -300,9 +313,9 @@ async def list_users(
     responses={**NOT_FOUND, **NOT_MODIFIED},
     openapi_extra=takes(PREFER, IF_NONE_MATCH),
 )
-async def get_user(user: UserKey, call: CanReadUsers) -> Response:
+async def get_user(user: UserKey, call: CanReadOwnUser) -> Response:
     """As it should be, whether the host reflects it, and the proofs."""
-    return await _answer(call, user)  # type: ignore[arg-type]  # parsed by UserKey
+    return await answer_user(call, user)  # type: ignore[arg-type]  # parsed by UserKey
 
 
 @router.patch(
@@ -322,7 +335,7 @@ async def change_user(user: UserKey, body: ChangedUserBody, call: CanWriteUsers)
     user_id = await call.read(service.find_user_id, user)  # type: ignore[arg-type]  # parsed by UserKey
     wanted = body.model_dump(include=body.model_fields_set)
     await call.write(service.change_user, user_id, wanted, expected_version=expected_version(call.request))
-    return await _answer(call, user_id)
+    return await answer_user(call, user_id)
 
 
 @router.delete(
@@ -337,7 +350,7 @@ async def delete_user(user: UserKey, call: CanWriteUsers) -> Response:
     user_id = await call.read(service.find_user_id, user)  # type: ignore[arg-type]  # parsed by UserKey
     version = expected_version(call.request)
     await call.write(service.delete_user, user_id, retention=call.service.retention, expected_version=version)
-    return await _answer(call, user_id)
+    return await answer_user(call, user_id)
 
 
 @router.post(
@@ -359,7 +372,7 @@ async def restore_user(
     """Brings back the address, the password and the old mail, unless the address was given to someone else."""
     user_id = await call.read(service.find_user_id, user)  # type: ignore[arg-type]  # parsed by UserKey
     await call.write(service.restore_user, user_id, expected_version=expected_version(call.request))
-    return await _answer(call, user_id)
+    return await answer_user(call, user_id)
 
 
 @router.post(
@@ -381,4 +394,4 @@ async def purge_user(
     """Removes the archived mail and the personal data of a deleted account. **Cannot be undone.**"""
     user_id = await call.read(service.find_user_id, user)  # type: ignore[arg-type]  # parsed by UserKey
     await call.write(service.purge_user, user_id, expected_version=expected_version(call.request))
-    return await _answer(call, user_id)
+    return await answer_user(call, user_id)

@@ -38,6 +38,7 @@ from app.errors import (
     PlaceGone,
     UserDeleted,
     UserExists,
+    UserLocked,
     UserNotDeleted,
     UserPurged,
     VersionConflict,
@@ -56,6 +57,9 @@ from app.services.aliases import touch_aliases_of_user
 from app.services.audit_events import record_event
 from app.services.changes import Change
 from app.services.hosts import choose_host
+from app.services.login_failures import forget_login
+from app.services.password_resets import cancel_links
+from app.services.principals import check_rank, check_rank_of_predecessor
 
 KIND = JobKind.MAILBOX_SYNC.value
 
@@ -74,7 +78,7 @@ _APPLIED = and_(applied.c.host == users.c.host, applied.c.kind == KIND, applied.
 
 SHOWN = (
     "id address display_name contact_address external_id quota_bytes state suspended_reason host version created_at"
-    " updated_at deleted_at purge_at purged_at send_limit has_password"
+    " updated_at deleted_at purge_at purged_at locked_at send_limit has_password"
 ).split()
 """The first columns of `_USERS`, in this order: what an answer shows as it stands."""
 
@@ -217,6 +221,9 @@ async def create_user(change: Change, new: NewUser) -> UserRecord:
         user_id = inserted_id(await connection.execute(_INSERT, values))
     except IntegrityError as error:
         raise await _named(connection, error, new.external_id) from None
+    if new.reuse_address:
+        await check_rank_of_predecessor(change, new.address)
+        await forget_login(connection, new.address)
     await claim_address(connection, new.address, AddressKind.USER, user_id, reuse=new.reuse_address)
     await record_event(
         change,
@@ -255,11 +262,13 @@ async def change_user(
     change: Change, user_id: int, wanted: Mapping[str, Any], *, expected_version: int | None = None
 ) -> int:
     """Sets some of CHANGEABLE. What is so already is no change: no version, no event, no job."""
-    row = await _lock(change, user_id, expected_version)
+    row = await hold_user(change, user_id, expected_version)
     if row.state == UserState.DELETED:
         raise UserDeleted(f"User {user_id} is deleted. POST /v1/users/{user_id}/restore brings it back.")
     new = {name: value for name, value in wanted.items() if name in CHANGEABLE and getattr(row, name) != value}
     state = new.get("state", row.state)
+    if "state" in new and row.locked_at is not None:
+        raise UserLocked(f"User {user_id} is locked. POST /v1/users/{user_id}/unlock ends that.")
     if state == UserState.ACTIVE:
         if wanted.get("suspended_reason"):
             raise BadField("A reason goes with `state: suspended`.", field="suspended_reason")
@@ -275,7 +284,9 @@ async def change_user(
         if state == UserState.SUSPENDED:
             ended["access_ended_at"] = change.now
     before = {name: getattr(row, name) for name in new}
-    await _update(change, row, {**new, **ended}, action, before=before, after=new)
+    await write_user(change, row, {**new, **ended}, action, before=before, after=new)
+    if ended or "contact_address" in new:
+        await cancel_links(change, user_id)
     return user_id
 
 
@@ -283,7 +294,7 @@ async def delete_user(
     change: Change, user_id: int, *, retention: timedelta, expected_version: int | None = None
 ) -> int:
     """The address becomes a tombstone and the home goes to the archive, until `purge_at`. Deleting twice is no change."""
-    row = await _lock(change, user_id, expected_version)
+    row = await hold_user(change, user_id, expected_version)
     if row.state == UserState.DELETED:
         return user_id
     await release_address(change.connection, row.address, user_id)
@@ -296,14 +307,15 @@ async def delete_user(
         "access_ended_at": change.now,
     }
     after = {"state": UserState.DELETED.value, "purge_at": purge_at.isoformat()}
-    await _update(change, row, values, "users.delete", before={"state": row.state}, after=after)
+    await write_user(change, row, values, "users.delete", before={"state": row.state}, after=after)
+    await cancel_links(change, user_id)
     await touch_aliases_of_user(change, user_id)
     return user_id
 
 
 async def restore_user(change: Change, user_id: int, *, expected_version: int | None = None) -> int:
     """Brings account, password and mail back as they were, suspended if it was. Raises UserExists or AddressRetired."""
-    row = await _lock(change, user_id, expected_version)
+    row = await hold_user(change, user_id, expected_version)
     if row.state != UserState.DELETED:
         raise UserNotDeleted(f"User {user_id} is {row.state}, not deleted: there is nothing to restore.")
     if row.purged_at is not None:
@@ -318,14 +330,14 @@ async def restore_user(change: Change, user_id: int, *, expected_version: int | 
         "purge_at": None,
     }
     before = {"state": row.state, "deleted_at": row.deleted_at.isoformat()}
-    await _update(change, row, values, "users.restore", before=before, after={"state": row.state_before})
+    await write_user(change, row, values, "users.restore", before=before, after={"state": row.state_before})
     await touch_aliases_of_user(change, user_id)
     return user_id
 
 
 async def purge_user(change: Change, user_id: int, *, expected_version: int | None = None, rights: Rights = API) -> int:
     """Removes the archived mail and the personal fields of a deleted account. Cannot be undone. Twice is no change."""
-    row = await _lock(change, user_id, expected_version, rights.users)
+    row = await hold_user(change, user_id, expected_version, rights.users)
     if row.state != UserState.DELETED:
         raise UserNotDeleted(f"User {user_id} is {row.state}. Delete it first: DELETE /v1/users/{user_id}.")
     if row.purged_at is not None:
@@ -338,7 +350,7 @@ async def purge_user(change: Change, user_id: int, *, expected_version: int | No
         "purged_at": change.now,
     }
     after = {"purged_at": change.now.isoformat()}
-    await _update(change, row, values, "users.purge", before={}, after=after, table=rights.users)
+    await write_user(change, row, values, "users.purge", before={}, after=after, table=rights.users)
     purged = rights.purged
     await change.connection.execute(update(purged).where(purged.c.id == user_id).values(password_hash=None))
     return user_id
@@ -346,7 +358,7 @@ async def purge_user(change: Change, user_id: int, *, expected_version: int | No
 
 async def resync_user(change: Change, user_id: int) -> int:
     """Another job for the account as it is; used to try a dead one again. Returns the job's id."""
-    row = await _lock(change, user_id, None)
+    row = await hold_user(change, user_id, None)
     return await _enqueue(change, user_id, row.host, row.address, row.version)
 
 
@@ -361,7 +373,10 @@ async def due_for_purge(connection: AsyncConnection, now: datetime, *, limit: in
     return list((await connection.execute(due)).scalars())
 
 
-async def _lock(change: Change, user_id: int, expected_version: int | None, table: Table = users) -> Row[Any]:
+async def hold_user(
+    change: Change, user_id: int, expected_version: int | None = None, table: Table = users
+) -> Row[Any]:
+    """The row, but for its password hash, locked until the transaction ends. Raises NotFound, VersionConflict, Outranked."""
     columns = [column for column in table.c if column.name != "password_hash"]
     query = select(*columns).where(table.c.id == user_id).with_for_update()
     row: Row[Any] | None = (await change.connection.execute(query)).one_or_none()
@@ -372,10 +387,11 @@ async def _lock(change: Change, user_id: int, expected_version: int | None, tabl
             f"The account is at version {row.version}, not {expected_version}: somebody changed it. Read it again.",
             version=row.version,
         )
+    await check_rank(change, user_id)
     return row
 
 
-async def _update(
+async def write_user(
     change: Change,
     row: Row[Any],
     values: dict[str, Any],
@@ -385,6 +401,7 @@ async def _update(
     after: dict[str, Any],
     table: Table = users,
 ) -> None:
+    """The row that `hold_user` gave, with its next version, its audit event and its job."""
     version = row.version + 1
     try:
         await change.connection.execute(

@@ -125,6 +125,42 @@ def test_the_same_on_mariadb(scratch: Path, mariadb: MariaDB) -> None:
         mariadb.sql("DROP DATABASE trial")
 
 
+def test_mail_lands_in_the_outbox_and_its_link_is_printed_here_alone(scratch: Path) -> None:
+    [port] = free_ports(1)
+    with running(scratch, port, LOG_LEVEL="debug") as (process, printed):
+        [line] = re.findall(r"^  (\. var/.*)$", printed.read_text(), re.MULTILINE)
+        curl = f"curl -s -u $CLIENT_ID:$CLIENT_SECRET -H 'Content-Type: application/json' http://127.0.0.1:{port}/v1"
+        body = {"address": "carol@cacert.org", "contact_address": "carol@example.net", "invite": True}
+        _, made, _ = paste(scratch, [line, f"{curl}/users -H 'Prefer: wait=10' -d '{json.dumps(body)}'"])
+        assert json.loads(made)["has_password"] is False, made
+        deadline = time.monotonic() + 15
+        while not (
+            found := re.findall(r"^  (http://127\.0\.0\.1:\d+/reset)#(\S+)$", printed.read_text(), re.MULTILINE)
+        ):
+            assert time.monotonic() < deadline, printed.read_text()
+            time.sleep(0.05)
+        [(page, token)] = found
+        assert page == f"http://127.0.0.1:{port}/reset"
+        [file] = (scratch / "var/outbox").iterdir()
+        assert (file.name, file.stat().st_mode & 0o777) == ("1.eml", 0o600)
+        assert (
+            f"Mail to carol@example.net: Your new mailbox carol@cacert.org ({file.relative_to(scratch)})"
+            in printed.read_text()
+        )
+        assert printed.read_text().count(token) == 1
+        body = {"token": token, "password": "seven green lanterns over the harbour"}
+        _, confirmed, _ = paste(
+            scratch, [line, f"{curl}/password-resets/confirm -H 'Prefer: wait=10' -d '{json.dumps(body)}'"]
+        )
+        assert json.loads(confirmed)["ready"] is True, confirmed
+        stop(process)
+    with running(scratch, port) as (process, printed):
+        while len(list((scratch / "var/outbox").iterdir())) < 2:  # the notice that the password was changed
+            time.sleep(0.05)
+        assert token not in printed.read_text(), "what was printed by an earlier run is not printed again"
+        stop(process)
+
+
 def test_a_taken_port_is_named(scratch: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))

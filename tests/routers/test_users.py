@@ -259,7 +259,7 @@ async def test_the_password_is_hashed_while_no_connection_is_held(
         held.extend(engine.pool.checkedout() for engine in (database.read, database.write))  # type: ignore[attr-defined]
         return HASH
 
-    monkeypatch.setattr("app.routers.users.hash_password", hash_password)
+    monkeypatch.setattr("app.routers.passwords.hash_password", hash_password)
     await create(client, password="seven green lanterns over the harbour")
     assert held == [0, 0]
 

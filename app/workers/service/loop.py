@@ -1,7 +1,7 @@
-"""The unprivileged background process, one for all hosts: what should be changes when its time has come.
+"""The unprivileged background process, one for all hosts: it sends mail to owners, and does what has its time.
 
-Now: accounts whose retention time ended are purged, like by hand, with version, audit event and host job; finished jobs and
-old idempotency keys are pruned, in small batches by primary key.
+Accounts whose retention time ended are purged, like by hand, with version, audit event and host job; what was kept for a while
+is pruned, in small batches by primary key. Sending is in `mail`, what comes back in `bounces`.
 """
 
 import asyncio
@@ -10,24 +10,34 @@ import secrets
 import signal
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, select, tuple_
+from sqlalchemy import and_, delete, select, tuple_, update
 
 from app.config import ServiceSettings
+from app.credentials.links import load_link_key
 from app.db import Clock, Database, is_lost, reason_of, utc_now
 from app.log import log
 from app.models.hosts import SERVICE_HOST
 from app.models.idempotency_keys import idempotency_keys
-from app.queue.claim import prune
+from app.models.login_failures import login_failures
+from app.models.notices import notices
+from app.models.password_resets import password_resets
+from app.queue.claim import prune, take_back
 from app.queue.wake import Listener, wake
 from app.services.changes import Actor, Change
+from app.services.login_failures import lapsed
 from app.services.users import API, SERVICE, Rights, due_for_purge, purge_user
+from app.workers.service.audit_chain import Chain
+from app.workers.service.bounces import Returns
+from app.workers.service.mail import ATTEMPTS, Postman
 
 KEEP_KEYS = timedelta(hours=24)
+TIDY = timedelta(minutes=1)
 BATCH = 100
 
 
 async def run_service(settings: ServiceSettings, *, clock: Clock = utc_now) -> None:
-    """Until SIGTERM or SIGINT."""
+    """Until SIGTERM or SIGINT. Raises KeysUnusable: without the key of the links there is nothing to send."""
+    key = load_link_key(settings.link_key_file)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -37,13 +47,18 @@ async def run_service(settings: ServiceSettings, *, clock: Clock = utc_now) -> N
     stopped = asyncio.create_task(stopping.wait())
     stopped.add_done_callback(lambda _: listener.event.set())
     database = Database(settings.database_url.get_secret_value(), ca_file=settings.database_ca_file, pool_size=4)
+    parts = Parts(database, settings, key, clock)
+    if settings.outbox is not None:
+        settings.outbox.mkdir(mode=0o700, parents=True, exist_ok=True)
     log.info("service_started")
     away = False
+    more = False
     try:
         while not stopping.is_set():
             try:
-                await run_due(database, settings, clock())
+                more = await parts.round(stopping)
             except Exception as error:  # whatever it is, the next round tries again
+                more = False
                 if not is_lost(error):
                     log.error("service_round_failed", exc_info=error)
                 elif not away:
@@ -53,7 +68,8 @@ async def run_service(settings: ServiceSettings, *, clock: Clock = utc_now) -> N
                 if away:
                     log.warning("database_back")
                 away = False
-            await listener.wait(settings.poll_seconds * (0.75 + random.random() / 2))  # noqa: S311  spreads polls
+            if not more:
+                await listener.wait(settings.poll_seconds * (0.75 + random.random() / 2))  # noqa: S311  spreads polls
     finally:
         stopped.cancel()
         listener.close()
@@ -61,9 +77,53 @@ async def run_service(settings: ServiceSettings, *, clock: Clock = utc_now) -> N
         log.info("service_stopped")
 
 
+class Parts:
+    """All that one round does, and what it remembers of the one before."""
+
+    def __init__(self, database: Database, settings: ServiceSettings, key: bytes, clock: Clock) -> None:
+        self.database = database
+        self.settings = settings
+        self.clock = clock
+        self.postman = Postman(database, settings, key, _rights(database), clock)
+        self.returns = None if settings.returns_maildir is None else Returns(settings.returns_maildir, key)
+        self.chain = Chain(database, settings)
+        self._tidied_at: datetime | None = None
+        self._said = ""
+
+    async def round(self, stopping: asyncio.Event) -> bool:
+        """True when there is more to send at once."""
+        now = self.clock()
+        if self._tidied_at is None or now - self._tidied_at >= TIDY:
+            # At the start nobody else sends: whatever is claimed was left behind.
+            await take_back(self.database, SERVICE_HOST, now, all_running=self._tidied_at is None, attempts=ATTEMPTS)
+            await tidy(self.database, self.settings, now)
+            self._tidied_at = now
+        more = await self.postman.send_due(stopping)
+        await run_due(self.database, self.settings, self.clock())
+        await self.chain.extend(self.clock())
+        await self._read_returns()
+        return more
+
+    async def _read_returns(self) -> None:
+        if self.returns is None:
+            return
+        try:
+            await self.returns.read(self.database, self.clock())
+        except OSError as error:
+            if str(error) != self._said:
+                log.error("returns_unreadable", error=str(error))
+            self._said = str(error)
+        else:
+            self._said = ""
+
+
+def _rights(database: Database) -> Rights:
+    return API if database.dialect == "sqlite" else SERVICE  # views cannot be written through on SQLite
+
+
 async def run_due(database: Database, settings: ServiceSettings, now: datetime) -> None:
     """One round: everything whose time has come."""
-    rights = API if database.dialect == "sqlite" else SERVICE  # views cannot be written through on SQLite
+    rights = _rights(database)
     async with database.read.connect() as connection:
         due = await due_for_purge(connection, now, limit=BATCH, rights=rights)
     for user_id in due:
@@ -108,3 +168,25 @@ async def prune_keys(database: Database, before: datetime, *, limit: int = 500) 
             return 0
         result = await connection.execute(delete(idempotency_keys).where(tuple_(*key).in_([tuple(row) for row in old])))
         return result.rowcount
+
+
+async def tidy(database: Database, settings: ServiceSettings, now: datetime, *, limit: int = 500) -> None:
+    """What need not be done every second: old mail, old links and old failures go, and addresses of purged accounts."""
+    users = _rights(database).users
+    kept = now - timedelta(days=settings.keep_notices_days)
+    purged = select(notices.c.id).join(users, users.c.id == notices.c.user_id).where(users.c.purged_at.is_not(None))
+    forgotten = purged.where(notices.c.recipient.is_not(None)).limit(limit)
+    # A notice may be younger than the link it is about.
+    about = select(notices.c.id).where(notices.c.reset_id == password_resets.c.id).exists()
+    async with database.read.connect() as connection:
+        ids = list((await connection.execute(forgotten)).scalars())
+        if ids:
+            await connection.execute(update(notices).where(notices.c.id.in_(ids)).values(recipient=None))
+        for table, old in (
+            (notices, notices.c.created_at < kept),
+            (password_resets, and_(password_resets.c.created_at < kept, ~about)),
+            (login_failures, lapsed(now)),
+        ):
+            ids = list((await connection.execute(select(table.c.id).where(old).limit(limit))).scalars())
+            if ids:
+                await connection.execute(delete(table).where(table.c.id.in_(ids)))

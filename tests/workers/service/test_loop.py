@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from sqlalchemy import func, insert, select, update
 
 from app.config import ServiceSettings
+from app.credentials.links import create_link_key
 from app.db import Database, utc_now
 from app.errors import UserPurged
 from app.models.audit_events import audit_events
@@ -38,7 +39,9 @@ INSTANT = timedelta(microseconds=1)
 
 @pytest.fixture
 def settings(test_database: TestDatabase, scratch: Path) -> ServiceSettings:
+    create_link_key(scratch / "link.key")
     return ServiceSettings(
+        link_key_file=scratch / "link.key",
         database_url=SecretStr(test_database.url("service")),
         wake_directory=scratch,
         poll_seconds=0.1,
@@ -240,6 +243,7 @@ async def test_the_process_starts_purges_and_stops(side: Machine, settings: Serv
         "PATH": os.environ["PATH"],
         "DATABASE_URL": settings.database_url.get_secret_value(),
         "WAKE_DIRECTORY": str(scratch),
+        "LINK_KEY_FILE": str(settings.link_key_file),
         "LOG_FORMAT": "json",
         "POLL_SECONDS": "30",
     }
