@@ -23,6 +23,7 @@ RECIPIENT_DELIMITER = "+"
 
 _HOST_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,62}[a-z0-9])?\Z")
 _PATH = re.compile(r"(?:/[A-Za-z0-9_@+-][A-Za-z0-9._@+-]*)+\Z")
+_HTTP_URL = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::\d{1,5})?(?:/[A-Za-z0-9._-]+)*/?\Z")
 _SECRET = re.compile(r"[A-Za-z0-9!&()*+,./:;<=>?@\[\]^_{|}~-]{1,128}\Z")
 
 
@@ -44,7 +45,14 @@ def _secret(secret: SecretStr) -> SecretStr:
     return secret
 
 
+def _http_url(text: str) -> str:
+    if not _HTTP_URL.match(text):
+        raise ValueError("takes http:// or https://, a name or address, a port if need be, and a plain path")
+    return text
+
+
 Port = Annotated[int, Field(ge=1, le=65535)]
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
 HostName = Annotated[str, AfterValidator(_host_name)]
 HostPath = Annotated[Path, AfterValidator(_path)]
 Secret = Annotated[SecretStr, AfterValidator(_secret)]
@@ -76,12 +84,16 @@ class HostSettings(BaseModel):
     """On 127.0.0.1 only: Postfix asks the policy process there about each recipient of a user's message."""
     from_port: Port = 10032
     """On 127.0.0.1 only: rspamd asks the policy process there who may write which From."""
+    service_port: Port = 10026
+    """On 127.0.0.1 only, and where the file of this host has `returns_uid`: the service process sends mail to owners there."""
     srs: bool = False
     """Whether mail that comes in and may go on to another server gets an envelope sender of ours (SRS), with postsrsd. Else
     it keeps its own, for which the other server may refuse it (SPF, RFC 7208)."""
     srs_forward_port: Port = 10001
     srs_reverse_port: Port = 10002
     """On 127.0.0.1 only: Postfix asks postsrsd there."""
+    auth_policy_reject_on_fail: bool = False
+    """Whether Dovecot refuses all logins while the API that counts wrong passwords, or its database, is away."""
     message_size_limit: Annotated[int, Field(ge=65_536, le=2**30)] = 50 * 2**20
     """Octets in a message as sent. RFC 5321, section 4.5.3.1.7, wants 64 KiB at least."""
 
@@ -126,6 +138,11 @@ class HostFile(BaseModel):
     srs_secret: Secret | None = None
     """With which postsrsd signs; needed when `srs` is on. Who knows it can send anything anywhere through this host."""
 
+    auth_policy_url: HttpUrl | None = None
+    """Where Dovecot asks about each login: `…/dovecot/auth-policy` of the API. None: wrong passwords are not counted."""
+    auth_policy_key: Secret | None = None
+    """What it shows there: the line of the API's AUTH_POLICY_KEY_FILE."""
+
     homes: HostPath = Path("/home")
     uid_first: Uid = 200_000
     uid_last: Uid = 499_999
@@ -159,8 +176,15 @@ class HostFile(BaseModel):
     rspamd_run_dir: HostPath = Path("/run/rspamd")
     """rspamd's own; Postfix must be able to pass through it."""
     rspamd_state_dir: HostPath = Path("/var/lib/rspamd")
-    postsrsd_defaults: HostPath = Path("/etc/default/postsrsd")
-    postsrsd_secret_file: HostPath = Path("/etc/postsrsd.secret")
+    postsrsd_defaults: HostPath = Path("/etc/cacert-mail/postsrsd/defaults")
+    """/etc/default/postsrsd is a link to it, since the worker may not write there."""
+    postsrsd_secret_file: HostPath = Path("/etc/cacert-mail/postsrsd/secret")
+
+    @model_validator(mode="after")
+    def _policy_is_whole(self) -> Self:
+        if (self.auth_policy_url is None) != (self.auth_policy_key is None):
+            raise ValueError("auth_policy_url and auth_policy_key go together")
+        return self
 
     @model_validator(mode="after")
     def _uids_ascend(self) -> Self:

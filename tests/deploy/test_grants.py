@@ -28,6 +28,12 @@ ALLOWED: dict[str, dict[str, dict[str, str]]] = {
         "postfix_senders": {"SELECT": "all"},
         "users": {"SELECT": "all", "INSERT": "all", "UPDATE": "all"},
         "principals": {"SELECT": "all", "INSERT": "all", "UPDATE": "all"},
+        "principal_keys": {"SELECT": "all", "INSERT": "all", "UPDATE": "ends_at"},
+        "password_resets": {"SELECT": "all", "INSERT": "all", "UPDATE": "used_at cancelled_at"},
+        "notices": {"SELECT": "all", "INSERT": "all"},
+        "app_passwords": {"SELECT": "all", "INSERT": "all", "UPDATE": "revoked_at last_used_at last_used_from"},
+        "login_failures": {"SELECT": "all", "INSERT": "all", "UPDATE": "all", "DELETE": "all"},
+        "audit_chain": {"SELECT": "all"},
         "applied": {"SELECT": "all"},
         "host_status": {"SELECT": "all"},
         "jobs": {"SELECT": "all", "INSERT": NEW_JOB},
@@ -56,6 +62,10 @@ ALLOWED: dict[str, dict[str, dict[str, str]]] = {
         "applied": {"SELECT": "all"},
         "host_status": {"SELECT": "all"},
         "audit_events": {"SELECT": "all", "INSERT": "all"},
+        "audit_chain": {"SELECT": "all", "INSERT": "all"},
+        "password_resets": {"SELECT": "all", "DELETE": "all"},
+        "notices": {"SELECT": "all", "UPDATE": "sent_at bounced_at bounce recipient", "DELETE": "all"},
+        "login_failures": {"SELECT": "all", "DELETE": "all"},
         "idempotency_keys": {"SELECT": "all", "DELETE": "all"},
         "alembic_version": {"SELECT": "all"},
     },
@@ -73,7 +83,11 @@ ALLOWED: dict[str, dict[str, dict[str, str]]] = {
         "postfix_senders": {"SELECT": "all"},
         "postfix_logins": {"SELECT": "all"},
     },
-    "dovecot": {"dovecot_users": {"SELECT": "all"}, "dovecot_passwords": {"SELECT": "all"}},
+    "dovecot": {
+        "dovecot_users": {"SELECT": "all"},
+        "dovecot_passwords": {"SELECT": "all"},
+        "dovecot_app_passwords": {"SELECT": "all"},
+    },
 }
 
 # table access, column access, database access, "you need the privilege", routine access

@@ -122,7 +122,7 @@ USERS = {
 }
 WRITABLE = {
     "api": set(),
-    "service": {"/run/cacert-mail"},
+    "service": {"/run/cacert-mail", "-/var/lib/cacert-mail/returns"},
     "policy": set(),
     "worker": {
         "/home",

@@ -66,6 +66,11 @@ def test_what_speeds_up_tests_is_not_in_production(tmp_path: Path) -> None:
     assert value(tmp_path, "auth_failure_delay") == ["0"]
 
 
+def test_no_login_is_remembered(tmp_path: Path) -> None:
+    render(tmp_path)
+    assert value(tmp_path, "auth_cache_size") == ["0"]
+
+
 def test_only_the_uids_of_mailboxes(tmp_path: Path) -> None:
     render(tmp_path, uid_first=5000, uid_last=6000)
     names = ("first_valid_uid", "last_valid_uid", "first_valid_gid", "last_valid_gid")
@@ -109,3 +114,41 @@ def test_each_query_is_for_this_host_alone() -> None:
     queries = [line for line in text.splitlines() if "_query = " in line]
     assert len(queries) == 3
     assert all("host = 'mx-2'" in query for query in queries)
+
+
+POLICY = {"auth_policy_url": "http://127.0.0.1:8825/dovecot/auth-policy", "auth_policy_key": "p0l1cy-key"}
+
+
+def test_logins_are_asked_about_only_when_the_hosts_file_says_where(tmp_path: Path) -> None:
+    render(tmp_path)
+    assert value(tmp_path, "auth_policy_server_url") == [""]
+    render(tmp_path, **POLICY)
+    names = ("server_url", "server_api_header", "reject_on_fail", "check_before_auth", "check_after_auth", "log_only")
+    assert value(tmp_path, *(f"auth_policy_{name}" for name in names)) == [
+        POLICY["auth_policy_url"],
+        "X-API-Key: p0l1cy-key",
+        "no",
+        "yes",
+        "yes",
+        "no",
+    ]
+    render(tmp_path, HostSettings(auth_policy_reject_on_fail=True), **POLICY)
+    assert value(tmp_path, "auth_policy_reject_on_fail") == ["yes"]
+
+
+def test_only_root_reads_the_key_and_the_nonce() -> None:
+    files = render_dovecot(HostSettings(), HostFile(**{**MINIMAL, **POLICY}), DOMAIN)
+    assert {name for name, file in files.items() if "p0l1cy-key" in file.text} == {"auth-policy.conf.ext"}
+    assert {name for name, file in files.items() if "auth_policy_hash_nonce" in file.text} == {"auth-policy.conf.ext"}
+    assert files["auth-policy.conf.ext"].mode == 0o600
+
+
+def test_hosts_with_one_key_hash_alike_and_others_do_not() -> None:
+    def nonce(**file: Any) -> str:
+        text = render_dovecot(HostSettings(), HostFile(**{**MINIMAL, **POLICY, **file}), DOMAIN)[
+            "auth-policy.conf.ext"
+        ].text
+        return next(line for line in text.splitlines() if line.startswith("auth_policy_hash_nonce = "))
+
+    assert nonce() == nonce(host="mx-2") != nonce(auth_policy_key="another")
+    assert "p0l1cy" not in nonce()

@@ -81,10 +81,10 @@ def test_srs_wants_its_secret(file: HostFile, tmp_path: Path) -> None:
     files = render_all(HostSettings(srs=True), host_file(tmp_path, srs_secret="s3cr3t"), DOMAIN)
     secret = {path: made for path, made in files.items() if "s3cr3t" in made.text}
     assert {(str(path), made.text, made.mode, made.group) for path, made in secret.items()} == {
-        ("/etc/postsrsd.secret", "s3cr3t\n", 0o600, "root")
+        ("/etc/cacert-mail/postsrsd/secret", "s3cr3t\n", 0o600, "root")
     }
     without = render_all(HostSettings(), host_file(tmp_path, srs_secret="s3cr3t"), DOMAIN)
-    assert set(files) - set(without) == {Path("/etc/postsrsd.secret"), Path("/etc/default/postsrsd")}
+    assert set(files) - set(without) == set(secret) | {Path("/etc/cacert-mail/postsrsd/defaults")}
 
 
 def test_secrets_are_for_those_who_need_them(file: HostFile) -> None:

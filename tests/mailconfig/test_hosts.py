@@ -204,3 +204,33 @@ def test_file_with_a_mistake(path: Path, text: str, complaint: str) -> None:
     assert str(refused.value).startswith(str(path))
     assert "\n" not in str(refused.value)
     assert "s3cr3t" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://127.0.0.1/",
+        "http://user:password@127.0.0.1/",
+        "http://127.0.0.1/?command=",
+        "http://127.0.0.1/a b",
+        "http://127.0.0.1/%2e",
+        "http://127.0.0.1/x\nssl = no",
+        "http://$variable/",
+        "http:///",
+        "",
+    ],
+)
+def test_a_url_that_would_mean_more_is_refused(url: str) -> None:
+    with pytest.raises(ValidationError):
+        HostFile(**MINIMAL, auth_policy_url=url, auth_policy_key="key")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8825/dovecot/auth-policy", "https://[::1]/x", "http://api.test/"])
+def test_a_plain_url_is_taken(url: str) -> None:
+    assert HostFile(**MINIMAL, auth_policy_url=url, auth_policy_key="key").auth_policy_url == url
+
+
+@pytest.mark.parametrize("half", [{"auth_policy_url": "http://127.0.0.1/"}, {"auth_policy_key": "key"}])
+def test_a_policy_server_wants_its_key(half: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match="go together"):
+        HostFile(**MINIMAL, **half)

@@ -76,8 +76,16 @@ def test_every_setting_exists(directory: Path) -> None:
     written = re.findall(r"^(\w+) =", (directory / "etc/main.cf").read_text(), re.MULTILINE)
     known = subprocess.run(["postconf", "-d"], capture_output=True, text=True, check=True).stdout
     ours = set(written) - {line.split(" ")[0] for line in known.splitlines()}
-    assert ours == {"recipients", "recipient_checks", "returns", "srs_forward", "srs_reverse"} | {
-        f"submission_{part}_restrictions" for part in ("client", "sender", "relay", "recipient")
+    assert ours == {
+        "recipients",
+        "recipient_checks",
+        "returns",
+        "srs_forward",
+        "srs_reverse",
+        "service_relay_restrictions",
+    } | {
+        f"submission_{part}_restrictions"
+        for part in ("client", "login", "sender", "relay", "recipient", "data", "end_of_data")
     }
     assert len(written) == len(set(written))
     both = (directory / "etc/main.cf").read_text() + (directory / "etc/master.cf").read_text()
