@@ -6,6 +6,7 @@ import errno
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,8 @@ take_over = typer.Typer(help="Take over what an old host has, through the API.",
 cli.add_typer(take_over, name="import")
 mail_host = typer.Typer(help="The configuration of Postfix, Dovecot and rspamd on this host.", no_args_is_help=True)
 cli.add_typer(mail_host, name="mailhost")
+audit = typer.Typer(help="The audit trail, and the chain over it.", no_args_is_help=True)
+cli.add_typer(audit, name="audit")
 
 
 def main() -> None:
@@ -74,8 +77,7 @@ def api(
         app,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
-        proxy_headers=bool(settings.trusted_proxies),
-        forwarded_allow_ips=settings.trusted_proxies or None,
+        proxy_headers=False,  # `web/certificates.py` reads them: it has to know first whose connection it is
         server_header=False,
         access_log=False,
         log_config=None,
@@ -167,15 +169,19 @@ def worker() -> None:
 
 @cli.command()
 def service() -> None:
-    """Retention times and pruning. Unprivileged, one for all hosts; its database user is `service`."""
+    """Mail to owners, retention times and pruning. Unprivileged, one for all hosts; its database user is `service`."""
     from app.config import ServiceSettings
+    from app.credentials.tokens import KeysUnusable
     from app.log import set_up_logging
     from app.workers.service.loop import run_service
 
     settings = ServiceSettings()
     set_up_logging(settings.log_format, settings.log_level)
     _stop_without_schema()
-    _work(run_service(settings))
+    try:
+        _work(run_service(settings))
+    except KeysUnusable as error:
+        raise stop(str(error)) from None
 
 
 @cli.command()
@@ -268,15 +274,19 @@ def upgrade() -> None:
 
 @keys.command("create")
 def create_keys() -> None:
-    """Make a signing key in KEY_DIRECTORY, and the request key if there is none. The newest key signs; all verify."""
+    """Make a signing key in KEY_DIRECTORY, and the request key and LINK_KEY_FILE if there are none. The newest key signs; all
+    verify."""
     from app.config import ApiSettings
+    from app.credentials.links import create_link_key
     from app.credentials.tokens import KeysUnusable, create_request_key, create_signing_key
 
-    directory = ApiSettings().key_directory
+    settings = ApiSettings()
+    directory = settings.key_directory
     try:
         directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         kid = create_signing_key(directory)
         create_request_key(directory)
+        create_link_key(settings.link_key_file)
     except (KeysUnusable, OSError) as error:
         raise stop(str(error)) from None
     typer.echo(f"Made {directory}/{kid}.pem. Restart the API processes to sign with it.")
@@ -332,8 +342,29 @@ def _change(function: Any, *args: Any) -> Any:
         raise stop(error.detail) from None
 
 
+@audit.command("verify")
+def verify_audit(
+    head: Annotated[
+        str | None,
+        typer.Option(help="A head that was kept elsewhere: SEQUENCE:HASH, or a file whose lines end with both."),
+    ] = None,
+) -> None:
+    """Say in words what of the audit trail is not as it was written. Exits 1 when something is, 2 when it could not look."""
+    from app.cli.audit import verify
+
+    verify(head)
+
+
+@audit.command("head")
+def print_audit_head() -> None:
+    """Print time, sequence and hash of the last link: a line for a file on another machine."""
+    from app.cli.audit import print_head
+
+    print_head()
+
+
 # Texts and not enums: of an enum with many values typer breaks the names anywhere, and draws a box around an error.
-_ROLES = ", ".join(Role)
+_ROLES = ", ".join(role for role in Role if role is not Role.OWNER)
 _PERMISSIONS = ", ".join(Permission)
 
 
@@ -417,16 +448,26 @@ def create_principal(
     permission: Annotated[
         list[str] | None, typer.Option(help=f"Only this one; may be given several times: {_PERMISSIONS}.")
     ] = None,
+    network: Annotated[
+        list[str] | None, typer.Option(help="Only from this one, such as 192.0.2.0/24; may be given several times.")
+    ] = None,
 ) -> None:
     """Make a client. Its id and secret are printed now and never again."""
+    from app.config import networks
     from app.services.principals import create_principal as create
 
     try:
         wanted = Role(role)
+        if wanted is Role.OWNER:
+            raise ValueError("An owner is no client: POST /v1/users/{user}/owner-tokens makes a token for one")
         only = [Permission(each) for each in permission] if permission else None
     except ValueError as error:
         raise stop(f"{error}. Roles: {_ROLES}. Permissions: {_PERMISSIONS}.", 2) from None
-    client_id, secret = _change(create, name, wanted, only)
+    try:
+        where = [str(each) for each in networks(",".join(network))] if network else None
+    except ValueError as error:
+        raise stop(f"--network {error}.", 2) from None
+    client_id, secret = _change(partial(create, networks=where), name, wanted, only)
     typer.echo(f"CLIENT_ID={client_id}\nCLIENT_SECRET={secret}")
 
 
@@ -441,7 +482,9 @@ def list_principals() -> None:
 
     for row in _connected(work):
         only = "all of its role" if row.permissions is None else " ".join(row.permissions)
-        typer.echo(f"{row.id}  {row.state}  {row.role}  {row.name}  ({only})")
+        where = f"  from {' '.join(row.networks)}" if row.networks else ""
+        until = f"  until {row.expires_at:%Y-%m-%d %H:%M} UTC" if row.expires_at else ""
+        typer.echo(f"{row.id}  {row.state}  {row.role}  {row.name}  ({only}){where}{until}")
 
 
 @principal.command("disable")
@@ -453,12 +496,26 @@ def disable_principal(client_id: str) -> None:
     typer.echo(f"{client_id} is disabled.")
 
 
+@principal.command("rotate")
+def rotate_secret(
+    client_id: str,
+    overlap_hours: Annotated[
+        float, typer.Option(min=0, max=168, help="How long the present secret lives on; 0: it ends now.")
+    ] = 24,
+) -> None:
+    """Give a client a new secret. The present one, and its tokens, go on while the client is moved."""
+    from datetime import timedelta
+
+    from app.services.principals import rotate_secret as rotate
+
+    credentials = _change(partial(rotate, overlap=timedelta(hours=overlap_hours)), client_id)
+    typer.echo(f"CLIENT_ID={credentials.id}\nCLIENT_SECRET={credentials.secret}")
+
+
 @principal.command("reset-secret")
 def reset_secret(client_id: str) -> None:
-    """Give a client a new secret. The old one and its tokens are refused within two seconds."""
-    from app.services.principals import reset_principal_secret as reset
-
-    typer.echo(f"CLIENT_ID={client_id}\nCLIENT_SECRET={_change(reset, client_id)}")
+    """Give a client a new secret. All older ones and their tokens are refused within two seconds."""
+    rotate_secret(client_id, 0)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,11 @@ COMMAND = [sys.executable, "-m", "app.cli.main"]
 
 def environment_of(at: Path, **environment: str) -> dict[str, str]:
     clean = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "COLUMNS": "120", "NO_COLOR": "1", "HOME": str(at)}
-    settings = {"DATABASE_URL": f"sqlite+aiosqlite:///{at}/test.db", "KEY_DIRECTORY": str(at / "keys")}
+    settings = {
+        "DATABASE_URL": f"sqlite+aiosqlite:///{at}/test.db",
+        "KEY_DIRECTORY": str(at / "keys"),
+        "LINK_KEY_FILE": str(at / "keys/link.key"),
+    }
     return {**clean, **settings, **environment}
 
 
@@ -146,8 +150,11 @@ def test_keys_are_made_private(scratch: Path) -> None:
     assert made.returncode == 0, made.stderr
     assert (scratch / "keys").stat().st_mode & 0o777 == 0o700
     files = list((scratch / "keys").iterdir())
-    assert sorted(file.suffix for file in files) == [".key", ".pem"]
-    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    assert {file.name for file in files if file.suffix == ".key"} == {"link.key", "request.key"}
+    assert len(files) == 3
+    modes = {file.name: file.stat().st_mode & 0o777 for file in files}
+    assert modes.pop("link.key") == 0o640, "two processes read it, by a group of theirs"
+    assert set(modes.values()) == {0o600}
     assert cacert_mail("keys", "create", at=scratch).returncode == 0
     assert len(list((scratch / "keys").glob("*.pem"))) == 2
 
@@ -172,16 +179,29 @@ def test_principals_are_made_listed_disabled_and_given_new_secrets(scratch: Path
     reset = cacert_mail("principal", "reset-secret", client_id, at=scratch)
     assert re.fullmatch(rf"CLIENT_ID={client_id}\nCLIENT_SECRET=\S{{43}}\n", reset.stdout)
     assert secret not in reset.stdout
+    rotated = cacert_mail("principal", "rotate", client_id, "--overlap-hours", "1", at=scratch)
+    assert re.fullmatch(rf"CLIENT_ID={client_id}\nCLIENT_SECRET=\S{{43}}\n", rotated.stdout)
+    third = cacert_mail("principal", "rotate", client_id, at=scratch)
+    assert (third.returncode, "side by side already" in third.stderr) == (1, True)
     assert cacert_mail("principal", "disable", client_id, at=scratch).returncode == 0
     assert "disabled" in cacert_mail("principal", "list", at=scratch).stdout
     again = cacert_mail("principal", "create", "--role", "primary", "--name", "Site", at=scratch)
     assert (again.returncode, "already" in again.stderr) == (1, True)
+    made = cacert_mail(
+        *("principal", "create", "--role", "webmail", "--name", "Webmail"),
+        *("--network", "192.0.2.7", "--network", "2001:db8::/32"),
+        at=scratch,
+    )
+    assert made.returncode == 0, made.stderr
+    listed = cacert_mail("principal", "list", at=scratch).stdout.splitlines()[-1]
+    assert listed.endswith("  active  webmail  Webmail  (all of its role)  from 192.0.2.7/32 2001:db8::/32")
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--role", "king", "--name", "x"], "'king' is not a valid Role. Roles: primary. "),
+        (["--role", "king", "--name", "x"], "'king' is not a valid Role. Roles: primary, secondary, limited, "),
+        (["--role", "owner", "--name", "x"], "An owner is no client"),
         (["--role", "primary", "--name", "x", "--permission", "all"], "'all' is not a valid Permission. "),
     ],
 )
@@ -193,15 +213,22 @@ def test_a_principal_that_cannot_be_is_refused_in_one_line(scratch: Path, argume
     assert len(refused.stderr.splitlines()) == 1
 
 
+def test_a_network_that_is_none_is_refused_in_one_line(scratch: Path) -> None:
+    arguments = ["--role", "website", "--name", "x", "--network", "10.0.0.5/8"]
+    refused = cacert_mail("principal", "create", *arguments, at=scratch)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("--network takes networks such as")
+
+
 def test_the_help_lists_roles_and_permissions(scratch: Path) -> None:
     shown = cacert_mail("principal", "create", "--help", at=scratch, COLUMNS="80").stdout
-    for each in (*Role, *Permission):
+    for each in {*Role, *Permission} - {Role.OWNER}:
         assert re.search(rf"(?<![\w:]){each}(?![\w:])", shown), f"{each}, unbroken"
 
 
 def test_unknown_principals_are_named(scratch: Path) -> None:
     cacert_mail("db", "upgrade", at=scratch)
-    for verb in ("disable", "reset-secret"):
+    for verb in ("disable", "reset-secret", "rotate"):
         refused = cacert_mail("principal", verb, "nobody", at=scratch)
         assert (refused.returncode, "no principal nobody" in refused.stderr) == (1, True)
 
