@@ -109,6 +109,7 @@ async def site(
     settings = ApiSettings(
         database_url=SecretStr(mariadb.url("api")),
         key_directory=key_directory,
+        link_key_file=key_directory / "link.key",
         issuer=ISSUER,
         wake_directory=run_directory,
     )

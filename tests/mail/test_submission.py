@@ -233,7 +233,7 @@ def test_open_transaction_sends_nothing_more(mariadb: MariaDB, stack: MailStack,
             assert client.mail(sender)[0] == 250
             assert client.rcpt(BOB)[0] == 250
             mariadb.sql("UPDATE users SET state = 'suspended' WHERE id = 1", "owner")
-            assert client.data(f"From: {ALICE}\r\n\r\nx\r\n")[0] == 550
+            assert client.docmd("DATA")[0] == 550
         mariadb.sql("UPDATE users SET state = 'active' WHERE id = 1", "owner")
         stack.doveadm("auth", "cache", "flush")
 
@@ -307,7 +307,7 @@ def test_forged_from(stack: MailStack, home: Path, header: str, sender: str) -> 
 
 
 @pytest.mark.parametrize("body", [b"", b"\r\n", b"x\r\n", b"\x00\r\n", b"\xff" * 900 + b"\r\n"])
-@pytest.mark.parametrize("start", [b"", b"\r\n", b"no header line\r\n"])
+@pytest.mark.parametrize("start", [b"", b"\r\n", b" \r\n", b"no header line\r\n"])
 def test_message_without_a_header(stack: MailStack, home: Path, start: bytes, body: bytes) -> None:
     with stack.submission(ALICE, PASSWORD) as client:
         client.mail(ALICE)
@@ -316,19 +316,51 @@ def test_message_without_a_header(stack: MailStack, home: Path, start: bytes, bo
         assert (code, text[:5]) == (554, b"5.7.1"), text
 
 
-def test_from_in_the_body_is_none(stack: MailStack, home: Path) -> None:
-    """rspamd skips empty lines at the beginning and takes what follows for the header. Nobody else does: who gets such a
-    message sees no From at all, so it may pass."""
-    with stack.submission(ALICE, PASSWORD) as client:
-        for start in (b"no header line\r\n", b"Subject: x\r\n\r\n", b"Subject: x\r\nno header line\r\n"):
+@pytest.mark.parametrize("source", ["127.0.0.5", "127.0.0.1"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        "no header line\r\n",
+        "Subject: x\r\n\r\n",
+        "Subject: x\r\nno header line\r\n",
+        # What rspamd skips before it looks for the header.
+        "\r\n",
+        "\r\n\r\n",
+        " ",
+        " \r\n",
+        "\t\r\n",
+        "\x0c\r\n",
+        "\x0b\r\n",
+        " \r\n\t\r\n",
+        "X-Header-Begins: here\r\n\r\n",
+        "\r\nX-Header-Begins: here\r\n",
+    ],
+)
+def test_from_in_the_body_is_none(stack: MailStack, home: Path, start: str, source: str) -> None:
+    """Whoever gets such a message would see no From at all, or one that Postfix had made up for a program on this host."""
+    with stack.submission(ALICE, PASSWORD, source=source) as client:
+        for sender in (ALICE, BOB):
             client.mail(ALICE)
             client.rcpt(BOB)
-            assert client.data(start + f"From: {ALICE}\r\n\r\nx\r\n".encode())[0] == 554
+            code, text = client.data(f"{start}From: {sender}\r\n\r\nx\r\n")
+            assert (code, text[:5]) == (554, b"5.7.1"), text
+        assert say(client, f"From: {ALICE}")[0] == 250
+    assert len(stack.wait_for_mail(home)) == 1
+
+
+@pytest.mark.parametrize("source", ["127.0.0.5", "127.0.0.1"])
+def test_header_arrives_as_it_was_written(stack: MailStack, home: Path, source: str) -> None:
+    """For many recipients too; nothing is added that only rspamd was to see, and nothing that the sender left out."""
+    with stack.submission(ALICE, PASSWORD, source=source) as client:
         client.mail(ALICE)
-        client.rcpt(BOB)
-        client.data(f"\r\nFrom: {ALICE}\r\n\r\nx\r\n")
+        for to in (BOB, ALICE):
+            assert client.rcpt(to)[0] == 250
+        own = f"X-Header-Begins: here\r\nSubject: x\r\nFrom: {ALICE}\r\nX-Header-Begins: there"
+        assert client.data(f"{own}\r\n\r\nx\r\n")[0] == 250
     [message] = stack.wait_for_mail(home)
-    assert "From" not in message_from_bytes(message.read_bytes())
+    fields = [(name, value) for name, value in message_from_bytes(message.read_bytes()).items() if name != "Received"]
+    assert fields[-4:] == [tuple(line.split(": ")) for line in own.split("\r\n")]
+    assert {name for name, _ in fields[:-4]} <= {"Return-Path", "Delivered-To"}
 
 
 def test_strangers_are_asked_nothing(stack: MailStack, home: Path) -> None:
@@ -371,13 +403,17 @@ def test_policy_away(stack: MailStack, home: Path) -> None:
         assert client.rcpt(BOB)[0] == 250
         stack.stop(stack.policy)
         try:
-            code, text = client.data(f"From: {ALICE}\r\n\r\nx\r\n")
-            assert (code, text[:5]) == (451, b"4.7.1"), text
-            code, text = envelope(client, ALICE)
-            assert (code, text[:5]) == (451, b"4.3.0"), text
+            for command in ("DATA", "RSET", "MAIL FROM:<>"):
+                code, text = client.docmd(command)
+                assert command == "RSET" or (code, text[:5]) == (451, b"4.3.0"), text
+            with pytest.raises(smtplib.SMTPConnectError) as refused:
+                stack.submission(ALICE, PASSWORD)
+            assert refused.value.smtp_code == 451
         finally:
             stack.start_policy()
             stack.wait_for_policy()
+        assert client.mail(ALICE)[0] == 421, "it does not know when this one began"
+    with stack.submission(ALICE, PASSWORD) as client:
         assert say(client, f"From: {ALICE}")[0] == 250
 
 
@@ -414,7 +450,7 @@ def test_database_away(mariadb: MariaDB, stack: MailStack, home: Path) -> None:
         assert client.rcpt(BOB)[0] == 250
         mariadb.stop()
         try:
-            assert client.data(f"From: {ALICE}\r\n\r\nx\r\n")[0] == 451
+            assert client.docmd("DATA")[0] == 451
             client.rset()  # Postfix keeps the envelope after a refusal of this kind
             assert envelope(client, ALICE)[0] == 451
         finally:

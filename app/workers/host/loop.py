@@ -36,11 +36,10 @@ from app.queue.claim import (
     finish_batch,
     give_up,
     heartbeat,
-    record_all,
     retry,
     take_back,
 )
-from app.queue.contracts import ALIASES_LANE, ALIASES_SYNC, MAILHOST_LANE, MAILHOST_SYNC, THE_HOST, JobKind
+from app.queue.contracts import ALIASES_LANE, ALIASES_SYNC, JobKind
 from app.queue.wake import Listener
 from app.workers.host.adopted import AdoptedHomes
 from app.workers.host.commands import CommandFailed, Commands
@@ -273,24 +272,7 @@ class Worker:
                 log.info("aliases_followed", changed=changed)
 
     async def sweep(self) -> Report:
-        report = await sweep(self.host, self.lane)
-        await self._sweep_mailhost()
-        return report
-
-    async def _sweep_mailhost(self) -> None:
-        """The configuration too: a file that was changed by hand, a certificate that was renewed, a job that was lost."""
-        if self.host.host_file is None:
-            return
-        now = self.host.clock()
-        try:
-            async with self.lane(MAILHOST_LANE, THE_HOST, MAILHOST_SYNC):
-                outcome = await sync_mailhost(self.host, THE_HOST)
-        except (GiveUp, TryAgain) as error:
-            log.error("mailhost_differs", error=str(error))
-            return
-        if outcome.result.get("changed"):
-            log.warning("mailhost_repaired", files=outcome.result["changed"])
-        await record_all(self.host.database, self.host.name, MAILHOST_SYNC, {THE_HOST: outcome}, now)
+        return await sweep(self.host, self.lane)
 
 
 @contextmanager

@@ -36,6 +36,7 @@ _READ = (
     "state",
     "version",
     "access_ended_at",
+    "locked_at",
     "purged_at",
 )
 
@@ -58,6 +59,7 @@ class Mailbox:
     state: UserState
     version: int
     access_ended_at: datetime | None
+    locked: bool
     purged: bool
 
 
@@ -80,7 +82,7 @@ def parse_mailbox(row: Row[Any]) -> Mailbox:
         domain, local_part = DomainName(row.domain), LocalPart(row.local_part)
         address = MailAddress(row.address)
         kind, state = DomainKind(row.domain_kind), UserState(row.state)
-        access_ended_at, purged_at = _moment(row.access_ended_at), _moment(row.purged_at)
+        access_ended_at, locked_at, purged_at = map(_moment, (row.access_ended_at, row.locked_at, row.purged_at))
         possible = 0 < row.id < 2**31 and row.version >= 1
     except (BadAddress, ValueError, TypeError, AttributeError) as error:
         raise BadRow(f"User {row.id!r} has a name, state or time that is none: {error}") from None
@@ -98,6 +100,7 @@ def parse_mailbox(row: Row[Any]) -> Mailbox:
         state,
         row.version,
         access_ended_at,
+        locked_at is not None,
         purged_at is not None,
     )
 
@@ -271,10 +274,10 @@ async def read_present_aliases(database: Database, host: str, ids: Collection[in
     return {row.subject_id: Present(row.version, row.stands, row.proofs, row.result) for row in rows}
 
 
-async def aliases_at_work(database: Database, host: str) -> set[int]:
-    """The aliases that a waiting or running job is about."""
+async def at_work(database: Database, host: str, kind: str) -> set[int]:
+    """What waiting or running jobs of this kind are about."""
     query = select(jobs.c.subject_id).where(
-        jobs.c.host == host, jobs.c.kind == ALIASES_SYNC, jobs.c.state.in_((JobState.READY, JobState.RUNNING))
+        jobs.c.host == host, jobs.c.kind == kind, jobs.c.state.in_((JobState.READY, JobState.RUNNING))
     )
     async with database.read.connect() as connection:
         return set((await connection.execute(query)).scalars())

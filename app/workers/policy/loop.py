@@ -1,7 +1,8 @@
 """The policy process: answers Postfix on one port, and rspamd on another, both on 127.0.0.1.
 
 SECURITY: unprivileged; its database user may read two views. Whoever has an account on this machine can connect, so every
-length, wait and number of connections has a limit, and nothing that comes in is ever part of a log line's text.
+length, wait and number of connections has a limit, and nothing that comes in is ever part of a log line's text. Such a person
+could also say that an SMTP connection began just now; mailbox owners have no account on the machine.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from app.config import PolicySettings
 from app.db import Database
 from app.errors import Unavailable
 from app.log import log
+from app.workers.policy.connections import Connections
 from app.workers.policy.recipients import BadQuestion, Recipients, answer_question, parse_question
 from app.workers.policy.rows import Rows
 from app.workers.policy.senders import MAX_BLOCK, BadRequest, answer_from, parse_head
@@ -40,11 +42,12 @@ async def run_policy(settings: PolicySettings, policy: socket.socket, from_: soc
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     database = Database(settings.database_url.get_secret_value(), ca_file=settings.database_ca_file, pool_size=4)
-    rows = Rows(database, time.monotonic)
+    rows = Rows(database)
+    connections = Connections(time.time, time.monotonic)
     recipients = Recipients(time.monotonic)
 
     async def ask_recipients(reader: StreamReader, writer: StreamWriter) -> None:
-        await talk_to_postfix(reader, writer, rows, recipients, settings.recipients_per_hour)
+        await talk_to_postfix(reader, writer, rows, connections, recipients, settings.recipients_per_hour)
 
     async def ask_from(reader: StreamReader, writer: StreamWriter) -> None:
         await talk_to_rspamd(reader, writer, rows)
@@ -58,6 +61,7 @@ async def run_policy(settings: PolicySettings, policy: socket.socket, from_: soc
     finally:
         for door in doors:
             await door.close()
+        await rows.close()
         await database.close()
         log.info("policy_stopped")
 
@@ -115,13 +119,19 @@ class Door:
 
 
 async def talk_to_postfix(
-    reader: StreamReader, writer: StreamWriter, rows: Rows, recipients: Recipients, recipients_per_hour: int
+    reader: StreamReader,
+    writer: StreamWriter,
+    rows: Rows,
+    connections: Connections,
+    recipients: Recipients,
+    recipients_per_hour: int,
 ) -> None:
     """Question after question, answered in their order, until the other side has no more."""
     while True:
         async with asyncio.timeout(IDLE_SECONDS):
             request = await reader.readuntil(b"\n\n")
-        action = await answer_question(parse_question(request[:-2]), rows, recipients, recipients_per_hour)
+        question = parse_question(request[:-2])
+        action = await answer_question(question, rows, connections, recipients, recipients_per_hour)
         await _write(writer, f"action={action}\n\n".encode("ascii"))
 
 

@@ -1,4 +1,4 @@
-"""Postfix's questions about each recipient, and how many recipients a login had within an hour.
+"""Postfix's questions about each step of a user's message, and how many recipients a login had within an hour.
 
 The protocol is that of SMTPD_POLICY_README: lines `name=value`, an empty line, and an answer `action=…` as in access(5).
 """
@@ -9,15 +9,21 @@ from typing import NamedTuple
 
 from app.errors import Unavailable
 from app.log import log
+from app.workers.policy.connections import Connections
 from app.workers.policy.rows import Rows
 
 MINUTES = 60
 MAX_ANSWERED = 100_000
 
 PASS = "DUNNO"  # noqa: S105  a word of access(5): the next restriction decides
-# Numbers and not DEFER or DEFER_IF_PERMIT, which become 450 whatever the cause. 451 is "local error in processing".
+# Numbers and not DEFER or DEFER_IF_PERMIT, which become 450 whatever the cause, or REJECT, which becomes 554. 451 is "local
+# error in processing".
 AWAY = "451 4.3.0 This server cannot look up your account now. Your message was not sent; try again in a minute."
-NOT_ALLOWED = "REJECT 5.7.1 This account may not send mail. Ask the administrators of your mail server."
+BEGINNINGS = (b"CONNECT", b"XCLIENT")
+"""States in which nobody has signed in. With XCLIENT a proxy that Postfix trusts says who connects; then it begins anew."""
+NOT_ALLOWED = "550 5.7.1 This account may not send mail. Ask the administrators of your mail server."
+# After 421 Postfix closes the connection. The mailbox program tries again, and is asked for the new password then.
+SIGN_IN_AGAIN = "421 4.7.0 This session has ended: your access was changed, or this server restarted. Sign in again."
 
 
 class BadQuestion(Exception):
@@ -110,14 +116,23 @@ def parse_question(request: bytes) -> dict[bytes, bytes]:
 
 
 async def answer_question(
-    attributes: dict[bytes, bytes], rows: Rows, recipients: Recipients, recipients_per_hour: int
+    attributes: dict[bytes, bytes],
+    rows: Rows,
+    connections: Connections,
+    recipients: Recipients,
+    recipients_per_hour: int,
 ) -> str:
     """An action of access(5).
 
-    What Postfix asks about is counted, whatever becomes of it: a stolen account that writes to guessed addresses is to be
-    stopped too. (Postfix asks last, so what its other restrictions refuse is not asked about.) In other states than RCPT it
-    only has to be an account that may send: its recipients are counted by then.
+    A connection that begins is only noted. From then on it has to be an account that may send, over a connection
+    that began after its access was last ended.
+
+    A recipient that Postfix asks about is counted, whatever becomes of it: a stolen account that writes to guessed addresses
+    is to be stopped too. (Postfix asks last, so what its other restrictions refuse is not asked about.)
     """
+    if attributes.get(b"protocol_state") in BEGINNINGS:
+        connections.note(attributes)
+        return PASS
     login = attributes.get(b"sasl_username", b"").decode("latin-1").lower()
     if not login:
         return PASS
@@ -127,6 +142,10 @@ async def answer_question(
         return AWAY
     if row is None:
         return NOT_ALLOWED
+    ended = connections.why_not(attributes, row)
+    if ended is not None:
+        log.info("session_ended", login=login, why=ended)
+        return SIGN_IN_AGAIN
     limit = recipients_per_hour if row.send_limit is None else row.send_limit
     if limit <= 0:
         return NOT_ALLOWED

@@ -22,6 +22,7 @@ from app.models.domains import DomainKind
 from app.models.jobs import JobState
 from app.services.domains import create_domain
 from app.services.hosts import create_host
+from app.services.locks import lock_user, unlock_user
 from app.workers.host import fs
 from app.workers.host.commands import Commands
 from app.workers.host.handlers import users as handler
@@ -70,6 +71,7 @@ async def test_active(machine: Machine) -> None:
         "home": str(machine.home()),
         "archived": False,
         "access_ended_at": None,
+        "flushed_at": None,
     }
     assert row.proofs == {
         "maildir": {"result": "ok", "detail": f"owner {UID_FIRST + ann}, mode 0700"},
@@ -91,6 +93,25 @@ async def test_in_a_virtual_domain(machine: Machine) -> None:
     assert row.result["home"] == str(machine.root / f"home/@{VIRTUAL}/ann")
     assert machine.home(f"@{VIRTUAL}/ann").stat().st_uid == UID_FIRST + other
     assert machine.home().stat().st_uid == UID_FIRST + ann
+
+
+async def test_locked(machine: Machine) -> None:
+    """Here without Postfix; tests/mail has the mail that is held."""
+    ann = await machine.create()
+    await machine.sync(ann)
+    await machine.change(lock_user, ann, "stolen")
+    assert await machine.shown(ann) == SEEN - {"dovecot_passwords"}
+    for _ in range(2):
+        await machine.sync(ann)
+        row = await machine.applied(ann)
+        assert (row.version, row.stands) == (2, True)
+        assert row.proofs["queue"] == row.proofs["sessions"] == NOT_CONFIGURED
+    await machine.change(unlock_user, ann)
+    await machine.sync(ann)
+    row = await machine.applied(ann)
+    assert "queue" not in row.proofs
+    assert "held" not in row.result
+    assert await machine.shown(ann) == SEEN
 
 
 async def test_suspended(machine: Machine) -> None:
@@ -126,6 +147,7 @@ async def test_deleted_restored_and_purged(machine: Machine) -> None:
         "home": None,
         "archived": True,
         "access_ended_at": machine.clock.now.isoformat(),
+        "flushed_at": machine.clock.now.isoformat(),
     }
     assert row.proofs["maildir"] == {"result": "ok", "detail": "archived"}
     assert not machine.home().exists()

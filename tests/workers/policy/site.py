@@ -27,6 +27,7 @@ from app.services.changes import Change
 from app.services.users import NewUser, create_user
 from tests.conftest import ACTOR, HOST, PRIMARY, TestDatabase
 from tests.stack.processes import free_ports, wait_until
+from tests.workers.policy.questions import CONNECT
 
 
 async def add_people(database: Database, worker: Database, *names: str) -> dict[str, int]:
@@ -169,7 +170,8 @@ def running(test_database: TestDatabase, scratch: Path, *, patch: str = "", **en
             stderr=log,
             text=True,
         )
-    policy = Policy(process, policy_port, from_port, log_file)
+    given |= environment
+    policy = Policy(process, int(given["POLICY_PORT"]), int(given["FROM_PORT"]), log_file)
 
     def is_up() -> bool:
         assert process.poll() is None, policy.log
@@ -177,6 +179,7 @@ def running(test_database: TestDatabase, scratch: Path, *, patch: str = "", **en
 
     try:
         assert wait_until(is_up), policy.log
+        assert policy.ask(CONNECT) == ["DUNNO"]
         yield policy
     finally:
         process.kill()

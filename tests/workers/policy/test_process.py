@@ -3,8 +3,8 @@
 import json
 import socket
 import subprocess
-import time
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -12,8 +12,9 @@ import pytest
 from sqlalchemy import delete, update
 
 from app.config import PolicySettings
-from app.db import Database
+from app.db import Database, utc_now
 from app.models.aliases import sender_rules
+from app.models.jobs import applied
 from app.models.users import users
 from app.workers.policy.loop import MAX_CONNECTIONS, MAX_REQUEST
 from app.workers.policy.senders import MAX_BLOCK
@@ -21,7 +22,7 @@ from tests.cli.test_commands import cacert_mail
 from tests.conftest import TestDatabase
 from tests.stack.mariadb import MariaDB
 from tests.stack.processes import wait_until
-from tests.workers.policy.questions import question
+from tests.workers.policy.questions import PORT, question
 from tests.workers.policy.site import Policy, everything, people, policy, running
 
 pytestmark = pytest.mark.asyncio
@@ -29,7 +30,8 @@ __all__ = ["people", "policy"]
 only_sqlite = pytest.mark.parametrize("test_database", ["sqlite"], indirect=True)
 only_mariadb = pytest.mark.parametrize("test_database", ["mariadb"], indirect=True)
 
-MAY_NOT = "REJECT 5.7.1 This account may not send mail. Ask the administrators of your mail server."
+MAY_NOT = "550 5.7.1 This account may not send mail. Ask the administrators of your mail server."
+AGAIN = "421 4.7.0 This session has ended: your access was changed, or this server restarted. Sign in again."
 NONE_OF_OURS = "This account may not send mail. Ask the administrators of your mail server."
 FULL = "450 4.7.1 You may write to 3 recipients an hour, and have. Try again in 60 minutes."
 
@@ -76,23 +78,90 @@ async def test_the_limit_of_the_setting(people: dict[str, int], test_database: T
     assert PolicySettings().recipients_per_hour == 200
 
 
-async def test_a_suspended_account_ends_within_two_seconds(
-    policy: Policy, seeded: Database, people: dict[str, int]
-) -> None:
+async def test_a_suspended_account_ends_at_once(policy: Policy, seeded: Database, people: dict[str, int]) -> None:
     with policy.connect() as session:
-        session.sendall(question("alice@cacert.test"))
-        assert session.recv(100) == b"action=DUNNO\n\n"
-        async with seeded.write.begin() as connection:
-            await connection.execute(update(users).where(users.c.id == people["alice"]).values(state="suspended"))
-        changed = time.monotonic()
-
-        def refused() -> bool:
+        for state, answer in (("active", "DUNNO"), ("suspended", MAY_NOT), ("active", "DUNNO")):
+            async with seeded.write.begin() as connection:
+                await connection.execute(update(users).where(users.c.id == people["alice"]).values(state=state))
             session.sendall(question("alice@cacert.test"))
-            return session.recv(200) == f"action={MAY_NOT}\n\n".encode()
-
-        assert wait_until(refused)
-        assert time.monotonic() - changed < 3
+            assert session.recv(200) == f"action={answer}\n\n".encode()
+    async with seeded.write.begin() as connection:
+        await connection.execute(update(users).where(users.c.id == people["alice"]).values(state="suspended"))
     assert policy.ask_from("alice@cacert.test", "From: alice@cacert.test\r\n") == NONE_OF_OURS
+
+
+# Sessions from before access was ended
+
+
+ALL_STEPS = ("MAIL", "RCPT", "DATA", "END-OF-MESSAGE", "ETRN", "")
+
+
+async def test_a_connection_is_noted_and_asked_for_no_login(policy: Policy) -> None:
+    """By its port; XCLIENT of a proxy begins it too. Whoever did not sign in is no matter of ours."""
+    for state, port in (("CONNECT", 1), ("XCLIENT", 2)):
+        assert policy.ask(question("nobody@cacert.test", state=state, port=port)) == ["DUNNO"]
+    for client, answer in (("1", "DUNNO"), ("2", "DUNNO"), ("3", AGAIN), ("0", AGAIN), ("unknown", AGAIN)):
+        asked = [question("alice@cacert.test", state=state, port=client, instance="1") for state in ALL_STEPS]
+        assert policy.ask(*asked) == [answer] * len(ALL_STEPS), client
+        assert policy.ask(question("", port=client)) == ["DUNNO"]
+    assert '"why": "unknown connection"' in policy.log
+
+
+async def test_a_session_from_before_sends_nothing_more(
+    policy: Policy, seeded: Database, worker_database: Database, people: dict[str, int]
+) -> None:
+    alice, ended = people["alice"], datetime(2026, 11, 24, 10, 0, 0, 7, tzinfo=UTC)
+
+    def answers(port: int) -> set[str]:
+        asked = [question("alice@cacert.test", state=state, port=port, instance="1") for state in ALL_STEPS]
+        return set(policy.ask(*asked))
+
+    async def carried_out(ended: datetime, flushed: str) -> None:
+        result = {"access_ended_at": ended.isoformat(), "flushed_at": flushed}
+        async with worker_database.write.begin() as connection:
+            changed = update(applied).where(applied.c.subject_id == alice).values(result=result)
+            await connection.execute(changed)
+
+    assert answers(PORT) == {"DUNNO"}
+    async with seeded.write.begin() as connection:
+        await connection.execute(update(users).where(users.c.id == alice).values(access_ended_at=ended))
+    assert answers(PORT) == {AGAIN}, "the host has not carried it out"
+    await carried_out(ended - timedelta(microseconds=1), utc_now().isoformat())
+    policy.ask(question("", state="CONNECT", port=2))
+    assert answers(2) == {AGAIN}, "an earlier one was"
+    await carried_out(ended, utc_now().isoformat())
+    policy.ask(question("", state="CONNECT", port=3))
+    assert [answers(port) for port in (PORT, 2, 3)] == [{AGAIN}, {AGAIN}, {"DUNNO"}]
+    assert policy.ask(question("bob@cacert.test")) == ["DUNNO"], "others are not touched"
+
+
+async def test_a_row_that_is_none_is_its_owners_alone(
+    people: dict[str, int], worker_database: Database, test_database: TestDatabase, scratch: Path
+) -> None:
+    async with worker_database.write.begin() as connection:
+        changed = update(applied).where(applied.c.subject_id == people["alice"])
+        await connection.execute(changed.values(result={"flushed_at": "long ago"}))
+    with running(test_database, scratch) as policy, policy.connect() as one, policy.connect() as other:
+        for _ in range(3):
+            one.sendall(question("alice@cacert.test"))
+            other.sendall(question("bob@cacert.test", instance="1"))
+            assert one.recv(300).startswith(b"action=451 4.3.0 ")
+            assert other.recv(300) == b"action=DUNNO\n\n"
+        assert "row_refused" in policy.log
+
+
+async def test_many_at_once_share_a_query(policy: Policy) -> None:
+    """Each gets the answer about its own login, whoever else asks."""
+    logins = ["alice", "bob", "carol", "nobody", "zoe", "alice"] * 20
+    clients = [policy.connect() for _ in logins]
+    for _ in range(5):
+        for client, name in zip(clients, logins, strict=True):
+            client.sendall(question(f"{name}@cacert.test", state="MAIL"))
+        for client, name in zip(clients, logins, strict=True):
+            expected = "DUNNO" if name in ("alice", "bob") else MAY_NOT
+            assert client.recv(200) == f"action={expected}\n\n".encode(), name
+    for client in clients:
+        client.close()
 
 
 HOSTILE_QUESTIONS = [

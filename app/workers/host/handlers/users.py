@@ -11,6 +11,9 @@ Whatever happened, this ends in the same place, however often it runs:
     deleted    in the archive                no               maildir (archived), postfix and dovecot (unknown), sessions
     purged     gone                          no               the same
 
+Before anything else, whatever state it is in, access that was ended is ended here: see `_end_access`. A password reset is
+nothing but that. A locked account's mail is held in Postfix's queue (proof queue), and released when it is unlocked.
+
 The order matters: a home stands before the views show the account, and the views hide it before the home is moved. The
 `home` in `applied.result` is set before a home is brought back, and cleared after it is archived, so that a run that was cut
 off in between is known by it.
@@ -53,6 +56,9 @@ R = TypeVar("R")
 KICKS = 5
 """How often sessions are ended before the job is tried again later: a login may be half done while we kick."""
 
+MAX_HELD = 10_000
+"""Queue ids that are remembered. What is beyond stays on hold until an administrator releases it (`postsuper -H`)."""
+
 NOT_CONFIGURED = {"result": "not configured", "detail": None}
 
 
@@ -62,6 +68,18 @@ class TryAgain(Exception):
 
 class GiveUp(Exception):
     """Cannot pass by waiting: somebody must look."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What became of access that was ended."""
+
+    proofs: dict[str, dict[str, Any]]
+    """`sessions`, of an account whose access was ended once."""
+    result: dict[str, Any]
+    """The part of `applied.result` that tells of it."""
+    new: bool = False
+    """It was carried out in this run."""
 
 
 @dataclass(slots=True)
@@ -138,16 +156,19 @@ async def sync_mailbox(host: Host, user_id: int) -> Outcome:
         mailbox, present = await read_mailbox(host.database, host.name, user_id)
     except BadRow as error:
         raise GiveUp(str(error)) from None
+    access = Access({}, {})
     try:
+        access = await _end_access(host, mailbox, present)
+        access = await _hold_mail(host, mailbox, present, access)
         if mailbox.state is UserState.DELETED:
-            return await _make_away(host, mailbox, present)
-        return await _make_stand(host, mailbox, present)
+            return await _make_away(host, mailbox, present, access)
+        return await _make_stand(host, mailbox, present, access)
     except CommandFailed as error:
         raise TryAgain(str(error)) from None
     except HostError as error:
         # The proof that failed is shown with the account; what stood before is not withdrawn for it.
-        proofs = {**(present.proofs or {}), "maildir": _failed(str(error))}
-        outcome = Outcome(present.version, present.stands, proofs, present.result or {})
+        proofs = {**(present.proofs or {}), **access.proofs, "maildir": _failed(str(error))}
+        outcome = Outcome(present.version, present.stands, proofs, {**(present.result or {}), **access.result})
         await write_applied(host.database, host.name, mailbox.id, outcome, host.clock())
         raise GiveUp(str(error)) from None
 
@@ -174,7 +195,7 @@ async def _refuse_unknown(host: Host, mailbox: Mailbox, present: Present, *, loo
         await on_disk(partial(refuse_unknown, host.homes, mailbox.home, uid, mailbox.id, look_in_place=look_in_place))
 
 
-async def _make_stand(host: Host, mailbox: Mailbox, present: Present) -> Outcome:
+async def _make_stand(host: Host, mailbox: Mailbox, present: Present, access: Access) -> Outcome:
     uid = host.uid_of(mailbox)
     if not present.stands:
         waiting, _ = await others_of(host.database, mailbox)
@@ -189,7 +210,7 @@ async def _make_stand(host: Host, mailbox: Mailbox, present: Present) -> Outcome
         "gid": host.ids_of(mailbox)[1],
         "home": home,
         "archived": False,
-        "access_ended_at": present.get("access_ended_at"),
+        **access.result,
     }
     if not present.stands or (present.get("uid"), present.get("home")) != (result["uid"], home):
         standing = Outcome(present.version, True, present.proofs or {}, result)
@@ -199,12 +220,11 @@ async def _make_stand(host: Host, mailbox: Mailbox, present: Present) -> Outcome
     if present.version > 0:
         # Dovecot remembers what it looked up before: the quota, the home, or that there was none.
         await host.commands.flush_auth_cache(mailbox.address)
-    sessions = await _prove_sessions(host, mailbox, present)
     proofs = {"maildir": prove_maildir(host, mailbox)}
     proofs["postfix"], proofs["dovecot"] = await asyncio.gather(
         _prove_recipient(host, mailbox), _prove_login(host, mailbox, home)
     )
-    return await _end(host, mailbox, present, Outcome(mailbox.version, True, {**proofs, **sessions}, result))
+    return await _end(host, mailbox, present, access, Outcome(mailbox.version, True, proofs, result))
 
 
 async def _bring_back(host: Host, mailbox: Mailbox, present: Present, uid: int) -> None:
@@ -220,21 +240,20 @@ async def _bring_back(host: Host, mailbox: Mailbox, present: Present, uid: int) 
             raise
 
 
-async def _make_away(host: Host, mailbox: Mailbox, present: Present) -> Outcome:
+async def _make_away(host: Host, mailbox: Mailbox, present: Present, access: Access) -> Outcome:
     uid = host.uid_of(mailbox)
     result = {
         "uid": present.get("uid"),
         "gid": present.get("gid"),
         "home": present.get("home"),
         "archived": bool(present.get("archived")),
-        "access_ended_at": present.get("access_ended_at"),
+        **access.result,
     }
     if present.stands or present.version == 0:
         # Committed before the home moves: no mail meets a missing Maildir.
         hidden = Outcome(present.version, False, present.proofs or {}, result)
         await write_applied(host.database, host.name, mailbox.id, hidden, host.clock())
     await host.commands.flush_auth_cache(mailbox.address)
-    sessions = await _prove_sessions(host, mailbox, present)
     may_lie_there = await _may_lie_there(host, mailbox, present)
     await _refuse_unknown(host, mailbox, present, look_in_place=may_lie_there)
     if may_lie_there:
@@ -252,7 +271,7 @@ async def _make_away(host: Host, mailbox: Mailbox, present: Present) -> Outcome:
     proofs["postfix"], proofs["dovecot"] = await asyncio.gather(
         _prove_no_recipient(host, mailbox), _prove_no_login(host, mailbox, uid)
     )
-    return await _end(host, mailbox, present, Outcome(mailbox.version, False, {**proofs, **sessions}, result))
+    return await _end(host, mailbox, present, access, Outcome(mailbox.version, False, proofs, result))
 
 
 async def _may_lie_there(host: Host, mailbox: Mailbox, present: Present) -> bool:
@@ -265,27 +284,52 @@ async def _may_lie_there(host: Host, mailbox: Mailbox, present: Present) -> bool
     return not successor
 
 
-async def _end(host: Host, mailbox: Mailbox, present: Present, outcome: Outcome) -> Outcome:
+async def _end(host: Host, mailbox: Mailbox, present: Present, access: Access, outcome: Outcome) -> Outcome:
     """Refuses to call it done while a proof fails; what failed is shown with the account meanwhile."""
-    broken = [f"{name}: {proof['detail']}" for name, proof in outcome.proofs.items() if proof["result"] == "failed"]
+    proofs = outcome.proofs | access.proofs
+    if access.new and await host.commands.list_sessions(mailbox.address):
+        # Of a login that was past Dovecot's user lookup when the sessions were listed.
+        proofs["sessions"] = await _end_sessions(host, mailbox)
+    if access.new and mailbox.locked:
+        # What rspamd was looking at when the queue was listed.
+        again = await _hold_mail(host, mailbox, present, access)
+        proofs, outcome.result["held"] = proofs | {"queue": again.proofs["queue"]}, again.result["held"]
+    outcome = replace(outcome, proofs=proofs)
+    broken = [f"{name}: {proof['detail']}" for name, proof in proofs.items() if proof["result"] == "failed"]
     if broken:
         seen = replace(outcome, version=present.version)
         await write_applied(host.database, host.name, mailbox.id, seen, host.clock())
         raise TryAgain("; ".join(broken))
-    ended = mailbox.access_ended_at
-    if ended is not None:
-        outcome.result["access_ended_at"] = ended.isoformat()
     return outcome
 
 
-async def _prove_sessions(host: Host, mailbox: Mailbox, present: Present) -> dict[str, dict[str, Any]]:
-    """Only of an account whose access was ended once: the proof `sessions`, from now or from when it was carried out."""
+def is_access_due(mailbox: Mailbox, present: Present) -> bool:
+    """Whether access has been ended and this host has not carried that out."""
+    ended = mailbox.access_ended_at
+    if ended is None:
+        return False
+    carried_out = present.get("access_ended_at") == ended.isoformat() and present.get("flushed_at") is not None
+    return not carried_out or "sessions" not in (present.proofs or {})
+
+
+async def _end_access(host: Host, mailbox: Mailbox, present: Present) -> Access:
+    """First of all, since a home that needs somebody to look must not keep a thief signed in.
+
+    `flushed_at` is when Dovecot had forgotten the old password for the last time, by this host's clock: the policy process, on
+    the same host, compares it with when an SMTP connection began (decision 17).
+    """
+    before = {name: present.get(name) for name in ("access_ended_at", "flushed_at")}
     if mailbox.access_ended_at is None:
-        return {}
-    earlier = (present.proofs or {}).get("sessions")
-    if earlier is not None and present.get("access_ended_at") == mailbox.access_ended_at.isoformat():
-        return {"sessions": earlier}
-    return {"sessions": await _end_sessions(host, mailbox)}
+        return Access({}, before)
+    if not is_access_due(mailbox, present):
+        return Access({"sessions": (present.proofs or {})["sessions"]}, before)
+    proof = await _end_sessions(host, mailbox)
+    if proof["result"] == "failed":
+        return Access({"sessions": proof}, before)
+    # A login that had read the old password before the first time may have put it back.
+    await host.commands.flush_auth_cache(mailbox.address)
+    ended = {"access_ended_at": mailbox.access_ended_at.isoformat(), "flushed_at": host.clock().isoformat()}
+    return Access({"sessions": proof}, ended, new=True)
 
 
 async def _end_sessions(host: Host, mailbox: Mailbox) -> dict[str, Any]:
@@ -301,6 +345,40 @@ async def _end_sessions(host: Host, mailbox: Mailbox) -> dict[str, Any]:
             return _ok("login cache flushed; no session is left")
         await asyncio.sleep(0.05 * 2**attempt)
     return _failed(f"{left} sessions are still open")
+
+
+async def _hold_mail(host: Host, mailbox: Mailbox, present: Present, access: Access) -> Access:
+    """What a locked account sent and is still in the queue waits on hold. Unlocking releases just that: `held` remembers it,
+    and is written first, so that a run that is cut off leaves nothing on hold of which nobody knows why.
+
+    A deleted account's is not released: who deletes a stolen account does not want its mail sent.
+    """
+    held: list[str] = access.result.get("held") or present.get("held") or []
+    if not mailbox.locked:
+        if held and mailbox.state is not UserState.DELETED:
+            with suppress(NotConfigured):
+                await host.commands.release_mail(held)
+            held = []
+        return replace(access, result={**access.result, "held": held} if held else access.result)
+    try:
+        found = await host.commands.list_mail_of(mailbox.address) if present.result is not None else []
+        if found:
+            held = list(dict.fromkeys([*held, *found]))
+            told = {**(present.result or {}), **access.result, "held": held[:MAX_HELD]}
+            before = Outcome(present.version, present.stands, {**(present.proofs or {}), **access.proofs}, told)
+            await write_applied(host.database, host.name, mailbox.id, before, host.clock())
+            await host.commands.hold_mail(found)
+        proof = _ok(_held(len(held)))
+    except NotConfigured:
+        proof = NOT_CONFIGURED
+    return replace(access, proofs={**access.proofs, "queue": proof}, result={**access.result, "held": held[:MAX_HELD]})
+
+
+def _held(count: int) -> str:
+    if count == 0:
+        return "it has sent nothing that is still in the queue"
+    more = f"; unlocking releases {MAX_HELD} of them" if count > MAX_HELD else ""
+    return f"{count} {'message is' if count == 1 else 'messages are'} held{more}"
 
 
 def prove_maildir(host: Host, mailbox: Mailbox) -> dict[str, Any]:
