@@ -3,10 +3,12 @@
 SECURITY: loaded by the worker (root). Reads the environment only: no `.env` file of the current directory.
 """
 
+import re
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -17,6 +19,8 @@ def _absolute(path: Path) -> Path:
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+
+_MAILBOX = r"^([a-z0-9._-]{1,20}@[a-z0-9-]+(\.[a-z0-9-]+)+)?$"
 
 
 class Settings(BaseSettings):
@@ -53,7 +57,31 @@ class Settings(BaseSettings):
     """Where the wake-up sockets lie. The poll behind them makes up for a missing one."""
 
 
-class ApiSettings(Settings):
+class LinkSettings(Settings):
+    """Of the links that set a password. API and service process must have the same."""
+
+    link_key_file: Path = Path("var/keys/link.key")
+    """The key that they are made with, by `cacert-mail keys create`. Both processes read it, by a group of theirs."""
+    public_url: Annotated[str, Field(min_length=1)] = "http://127.0.0.1:8825"
+    """Where owners reach the API: the base of each link. Never the `Host` that a request names."""
+    reset_page: str = ""
+    """Another page for links than `{public_url}/reset`: a website's own, which calls `POST /v1/password-resets/confirm`."""
+
+    @field_validator("public_url", "reset_page")
+    @classmethod
+    def can_begin_a_link(cls, url: str) -> str:
+        if url and not re.fullmatch(r"https?://[!-~]+", url):
+            raise ValueError("starts with https:// or http://")
+        if re.search('[?#<>"]', url):
+            raise ValueError("has a query or a fragment, which is where the token goes")
+        return url.rstrip("/")
+
+    def link(self, token: str) -> str:
+        """In the fragment: no server and no proxy on the way logs it."""
+        return f"{self.reset_page or f'{self.public_url}/reset'}#{token}"
+
+
+class ApiSettings(LinkSettings):
     listen_address: str = "127.0.0.1"
     port: int = 8825
     key_directory: Path = Path("var/keys")
@@ -63,9 +91,64 @@ class ApiSettings(Settings):
     password_min_length: Annotated[int, Field(ge=12, le=64)] = 15
     retention_days: Annotated[int, Field(ge=0, le=3650)] = 30
     """How long a deleted account can be restored."""
+    reset_minutes: Annotated[int, Field(ge=5, le=1440)] = 30
+    """How long a link that resets a password is good."""
+    invitation_days: Annotated[int, Field(ge=1, le=30)] = 7
+    """How long the link of an invitation is good."""
+    app_passwords_max: Annotated[int, Field(ge=0, le=100)] = 20
+    """How many app passwords an account may have at once."""
     trusted_proxies: str = ""
     """Addresses, comma-separated, of reverse proxies whose X-Forwarded-For and X-Forwarded-Proto count."""
+    certificate_proxies: str = ""
+    """Networks, comma-separated, of proxies that hand on the client certificate of their TLS connection. From anywhere else
+    its header is refused."""
+    certificate_header: Annotated[str, Field(pattern="^[A-Za-z0-9-]{1,64}$")] = "Client-Cert"
+    """Where they put it: as RFC 9440 has it, or in PEM with percent signs, as nginx does. They must overwrite what they got."""
+    shared_sources: str = ""
+    """Networks, comma-separated, from which many people sign in: webmail, website, gateways. Never refused as a network."""
+    failure_window_minutes: Annotated[int, Field(ge=1, le=1440)] = 60
+    """How long a wrong password counts."""
+    guesses_per_pair: Annotated[int, Field(ge=3, le=1000)] = 10
+    """So many different wrong passwords for one login from one network are refused."""
+    guesses_per_network: Annotated[int, Field(ge=3, le=100_000)] = 40
+    """From one network, for all logins together."""
+    guesses_per_login: Annotated[int, Field(ge=3, le=100_000)] = 100
+    """For one login, from all networks together from which it did not sign in of late."""
+    resets_per_account: Annotated[int, Field(ge=1, le=1000)] = 5
+    """Reset requests for one account."""
+    tarpit_seconds: Annotated[int, Field(ge=0, le=60)] = 15
+    """How long Dovecot is made to wait with a login at most, before it is refused."""
+    auth_policy_key_file: Path | None = None
+    """What Dovecot shows to ask about logins, `auth_policy_key` of the hosts' files. None: it is not answered."""
+    auth_policy_networks: str = "127.0.0.0/8, ::1/128"
+    """Networks, comma-separated, of the mail hosts, from which Dovecot may ask."""
+
+    @field_validator("shared_sources", "auth_policy_networks", "certificate_proxies")
+    @classmethod
+    def are_networks(cls, text: str) -> str:
+        networks(text)
+        return text
+
+    @property
+    def shared_networks(self) -> "Networks":
+        return networks(self.shared_sources)
+
+    @property
+    def policy_networks(self) -> "Networks":
+        return networks(self.auth_policy_networks)
+
     database_pool: Annotated[int, Field(ge=1, le=500)] = 20
+
+
+Networks = tuple[IPv4Network | IPv6Network, ...]
+
+
+def networks(text: str) -> Networks:
+    """Comma between. Raises ValueError, without the text."""
+    try:
+        return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError("takes networks such as 192.0.2.0/24 or 2001:db8::/32, comma between") from None
 
 
 class WorkerSettings(Settings):
@@ -111,9 +194,43 @@ class PolicySettings(Settings):
     """For each login whose account says nothing else (`send_limit`). 0: nobody else may send."""
 
 
-class ServiceSettings(Settings):
+class ServiceSettings(LinkSettings):
     poll_seconds: Annotated[float, Field(gt=0, le=60)] = 1
     keep_jobs_days: Annotated[int, Field(ge=1)] = 30
+    keep_notices_days: Annotated[int, Field(ge=1)] = 30
+    """How long mail to owners, and the links in it, can be looked at."""
+    smtp_host: str = "127.0.0.1"
+    smtp_port: Annotated[int, Field(ge=1, le=65535)] = 10026
+    """Where mail to owners is handed over: `service_port` of a mail host."""
+    smtp_starttls: bool = False
+    """Whoever reads a link on the way can use it: without TLS only to this machine."""
+    smtp_ca_file: Path | None = None
+    """CA certificate that the mail server must show, if it is none that this machine trusts anyway."""
+    mail_from: Annotated[str, Field(pattern=_MAILBOX)] = ""
+    """What owners see as the sender: an address. Empty: `accounts@` of the primary domain."""
+    return_path: Annotated[str, Field(pattern=_MAILBOX)] = ""
+    """Where bounces go. Empty: `returns@` of the primary domain, which no account can have."""
+    returns_maildir: Path | None = None
+    """Where those arrive: `returns_maildir` of the mail host. None: nobody reads them."""
+    outbox: Path | None = None
+    """Mail is written into this directory instead of being sent."""
+    audit_head_file: Path | None = None
+    """The head of the audit trail's chain is appended to it, once a minute, when it changed: best on another machine's disk."""
+    audit_head_syslog: Annotated[str, Field(pattern=r"^(/.+|.+:[0-9]{1,5})$")] | None = None
+    """And sent there: `/dev/log`, or `host:port` by UDP."""
+
+    @field_validator("smtp_ca_file")
+    @classmethod
+    def ca_can_be_read(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.is_file():
+            raise ValueError("is no file")
+        return path
+
+    @model_validator(mode="after")
+    def tells_links_to_this_machine_alone(self) -> Self:
+        if not self.smtp_starttls and self.smtp_host not in ("localhost", "127.0.0.1", "::1"):
+            raise ValueError("SMTP_HOST is another machine: that wants SMTP_STARTTLS=true")
+        return self
 
 
 class ImportSettings(BaseSettings):

@@ -7,11 +7,12 @@ Each process has two engines. The writing one opens real transactions: READ COMM
 """
 
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from asyncmy.errors import Error as DriverError
 from pydantic_core import from_json
 from sqlalchemy import CursorResult, event
 from sqlalchemy.engine import URL, make_url
@@ -151,6 +152,22 @@ def _sqlite(url: URL, begin: str | None) -> AsyncEngine:
             connection.exec_driver_sql(begin)
 
     return engine
+
+
+async def insert_by_driver(connection: AsyncConnection, statement: str, values: Sequence[Any]) -> None:
+    """An INSERT past SQLAlchemy, on MariaDB only, for what each write does: its driver takes a quarter of the time.
+
+    Values are texts, numbers, None and times without a zone; never dicts. Errors are those of SQLAlchemy.
+    """
+    sync = connection.sync_connection
+    driver: Any = sync.connection.driver_connection if sync is not None else None
+    try:
+        await driver.query(driver.cursor().mogrify(statement, values))
+    except Exception as error:
+        raise DBAPIError.instance(statement, None, error, DriverError, hide_parameters=True) from error
+    except BaseException:  # cancelled: the answer is still to come, and would be taken for that of the next statement
+        await connection.invalidate()
+        raise
 
 
 def _mariadb_errno(error: DBAPIError) -> int | None:

@@ -11,6 +11,7 @@
     │   ├── OutsideRefused      an alias would lead to another's mail server, and SRS is off
     │   └── Unchangeable        a field that never changes; says what to do instead
     ├── NotFound                nothing by that name or id
+    ├── LinkNotValid            the link that sets a password is used, expired, cancelled or none of ours: always the same
     ├── Conflict                right in itself, but not in the present state
     │   ├── AddressReserved     kept for the mail system (RFC 2142, system users)
     │   ├── AddressRetired      belongs to a deleted account
@@ -21,9 +22,18 @@
     │   ├── AliasTooDeep        mail would pass through too many aliases; `chain` shows them
     │   ├── UserNotDeleted      only a deleted account can be restored or purged
     │   ├── UserDeleted         a deleted account cannot be changed
+    │   ├── UserNotActive       not while the account is suspended or locked
+    │   ├── UserLocked          not while the account is locked: `unlock` comes first
     │   ├── UserPurged          nothing is left to restore
+    │   ├── NoContactAddress    there is nowhere to send a link
+    │   ├── PasswordUnreadable  the stored password is of a form that only Dovecot can check
+    │   ├── TooManyAppPasswords the account has as many as it may have
     │   ├── DomainExists, DomainInUse, PrimaryDomainFixed, HostExists, HostInUse
     │   ├── PlaceGone           the domain or the host was removed meanwhile
+    │   ├── LastPrimary         nobody would be left who may do everything
+    │   ├── TooManyKeys         a principal has as many secrets or certificates as it may have
+    │   ├── CertificateKnown    a certificate is registered once
+    │   ├── SrsNeeded           aliases lead to other mail servers, and SRS would be off; `aliases` names some
     │   ├── HostNotChosen       several hosts, or none: the request must name one
     │   ├── JobNotDead          only a dead job can be tried again
     │   ├── VersionConflict     somebody changed it first (If-Match)
@@ -31,6 +41,11 @@
     │   └── KeyReused           the same Idempotency-Key, another request
     ├── Unauthenticated         no credentials, or wrong ones
     ├── Forbidden               the caller lacks a permission
+    │   ├── Outranked           the principal, or the account's owner, has a higher role
+    │   ├── OwnRights           nobody raises their own rights
+    │   ├── ForgedCertificate   the header of a client certificate, from another than the proxies of the settings
+    │   └── WrongPassword       there is no such account, or it has another password
+    ├── TooManyTries            wrong guesses, or requests that are counted, one after another; `retry_after` seconds
     └── Unavailable             the database is away or too busy; try again
 """
 
@@ -76,6 +91,9 @@ class Unchangeable(Refused): ...
 class NotFound(CacertMailError): ...
 
 
+class LinkNotValid(CacertMailError): ...
+
+
 class Conflict(CacertMailError): ...
 
 
@@ -106,7 +124,22 @@ class UserNotDeleted(Conflict): ...
 class UserDeleted(Conflict): ...
 
 
+class UserNotActive(Conflict): ...
+
+
+class UserLocked(Conflict): ...
+
+
+class NoContactAddress(Conflict): ...
+
+
+class PasswordUnreadable(Conflict): ...
+
+
 class UserPurged(Conflict): ...
+
+
+class TooManyAppPasswords(Conflict): ...
 
 
 class DomainExists(Conflict): ...
@@ -122,6 +155,18 @@ class HostExists(Conflict): ...
 
 
 class HostInUse(Conflict): ...
+
+
+class LastPrimary(Conflict): ...
+
+
+class TooManyKeys(Conflict): ...
+
+
+class CertificateKnown(Conflict): ...
+
+
+class SrsNeeded(Conflict): ...
 
 
 class HostNotChosen(Conflict): ...
@@ -146,6 +191,21 @@ class Unauthenticated(CacertMailError): ...
 
 
 class Forbidden(CacertMailError): ...
+
+
+class Outranked(Forbidden): ...
+
+
+class WrongPassword(Forbidden): ...
+
+
+class OwnRights(Forbidden): ...
+
+
+class ForgedCertificate(Forbidden): ...
+
+
+class TooManyTries(CacertMailError): ...
 
 
 class Unavailable(CacertMailError): ...

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import uvloop
 from sqlalchemy import insert, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app.db import Database, is_lost
+from app.db import Database, duplicate_of, insert_by_driver, is_lost
 from app.models.domains import domains
 from tests.conftest import TestDatabase
 from tests.stack.certificates import make_certificates
@@ -73,6 +73,47 @@ async def test_cancelled_while_a_statement_runs(mariadb: MariaDB) -> None:
         async with database.write.connect() as connection:
             assert (await connection.execute(text("SELECT @@in_transaction"))).scalar_one() == 0
             assert await count(connection) == 0
+    await database.close()
+
+
+async def test_a_statement_past_sqlalchemy_fails_like_any_other(mariadb: MariaDB) -> None:
+    """It is in the transaction, its errors are SQLAlchemy's, and neither they nor a cancellation leave anything in the pool."""
+    mariadb.empty()
+    database = Database(mariadb.url("api"), pool_size=1)
+    statement = "INSERT INTO addresses (address, kind, subject_id) VALUES (%s, %s, %s)"
+
+    async def add(address: str) -> None:
+        async with database.write.connect() as connection, connection.begin():
+            await insert_by_driver(connection, statement, [address, "alias", 1])
+            await connection.execute(text("SELECT 1"))
+            if address == "half@b.test":
+                await insert_by_driver(connection, "SELECT SLEEP(%s)", [5])
+
+    await add("it's; \\ -- %s@b.test")
+    with pytest.raises(IntegrityError) as duplicate:
+        await add("it's; \\ -- %s@b.test")
+    assert duplicate_of(duplicate.value) == "primary"
+    for _ in range(5):
+        task = asyncio.create_task(add("half@b.test"))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with database.write.connect() as connection:
+            assert (await connection.execute(text("SELECT @@in_transaction"))).scalar_one() == 0
+            rows = (await connection.execute(text("SELECT address FROM addresses"))).scalars()
+            assert list(rows) == ["it's; \\ -- %s@b.test"]
+
+    async def killed() -> None:
+        async with database.write.connect() as connection, connection.begin():
+            number = (await connection.execute(text("SELECT CONNECTION_ID()"))).scalar_one()
+            mariadb.sql(f"KILL {number}", "api")
+            await insert_by_driver(connection, statement, ["b@b.test", "alias", 1])
+
+    with pytest.raises(DBAPIError) as lost:
+        await killed()
+    assert is_lost(lost.value)
+    await add("c@b.test")
     await database.close()
 
 

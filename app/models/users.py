@@ -50,6 +50,10 @@ class User(SQLModel, table=True):
     """As Dovecot reads it, scheme in front. Null: no password opens this account."""
     access_ended_at: datetime | None = Field(sa_column=timestamp())
     """Whatever signed in before this moment must be gone: the worker flushes and kicks until `applied` says so."""
+    locked_at: datetime | None = Field(sa_column=timestamp())
+    """Stolen, it seems: suspended until it is unlocked."""
+    locked_from: str | None = Field(sa_column=sa.Column(ascii_string(16)))
+    """What a locked account was before, for `unlock`."""
     version: int = Field(sa_column=sa.Column(sa.Integer(), nullable=False))
     created_at: datetime = Field(sa_column=timestamp(nullable=False))
     updated_at: datetime = Field(sa_column=timestamp(nullable=False))

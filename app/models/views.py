@@ -16,7 +16,7 @@ from app.models.users import users
 class View:
     name: str
     query: str
-    """Runs on both databases. `{home}` and `{uid}` differ: SQLite has no JSON_VALUE, MariaDB's JSON_EXTRACT keeps quotes."""
+    """Runs on both databases. `{home}` and the like differ: SQLite has no JSON_VALUE, MariaDB's JSON_EXTRACT keeps quotes."""
 
     def select(self, dialect: str) -> str:
         if dialect == "sqlite":
@@ -24,12 +24,16 @@ class View:
                 "uid": "json_extract(a.result, '$.uid')",
                 "gid": "COALESCE(json_extract(a.result, '$.gid'), json_extract(a.result, '$.uid'))",
                 "home": "json_extract(a.result, '$.home')",
+                "ended": "json_extract(a.result, '$.access_ended_at')",
+                "flushed": "json_extract(a.result, '$.flushed_at')",
             }
         else:
             result = {
                 "uid": "CAST(JSON_VALUE(a.result, '$.uid') AS UNSIGNED)",
                 "gid": "CAST(COALESCE(JSON_VALUE(a.result, '$.gid'), JSON_VALUE(a.result, '$.uid')) AS UNSIGNED)",
                 "home": "JSON_VALUE(a.result, '$.home')",
+                "ended": "JSON_VALUE(a.result, '$.access_ended_at')",
+                "flushed": "JSON_VALUE(a.result, '$.flushed_at')",
             }
         return self.query.format_map(result)
 
@@ -38,6 +42,9 @@ class View:
 
 
 _STANDS = "JOIN applied a ON a.host = u.host AND a.kind = 'mailbox.sync' AND a.subject_id = u.id AND a.stands = 1"
+
+# Another one each time access is ended: what a login found with the password must still be so when the mailbox is opened.
+_ACCESS = "COALESCE(CAST(u.access_ended_at AS CHAR), 'never') AS access"
 
 # Where an alias leads now: to accounts that stand, to aliases that are there, and elsewhere.
 _ROUTE = (
@@ -62,7 +69,7 @@ VIEWS = (
     View(
         "worker_users",
         "SELECT u.id, u.address, u.local_part, d.name AS domain, d.kind AS domain_kind, u.host, u.state, u.version,"
-        " u.quota_bytes, u.access_ended_at, u.deleted_at, u.purged_at"
+        " u.quota_bytes, u.access_ended_at, u.locked_at, u.deleted_at, u.purged_at"
         " FROM users u JOIN domains d ON d.id = u.domain_id",
     ),
     # MariaDB's HANDLER statement reads whole rows of a table with SELECT on any one column, so the service process, which must
@@ -79,13 +86,19 @@ VIEWS = (
     ),
     View(
         "dovecot_users",
-        "SELECT u.address, u.host, {uid} AS uid, {gid} AS gid, {home} AS home, u.quota_bytes"
+        f"SELECT u.address, u.host, {{uid}} AS uid, {{gid}} AS gid, {{home}} AS home, u.quota_bytes, {_ACCESS}"
         f" FROM users u {_STANDS} WHERE u.state IN ('active', 'suspended')",
     ),
     View(
         "dovecot_passwords",
-        "SELECT u.address, u.host, u.password_hash AS password"
+        f"SELECT u.address, u.host, u.password_hash AS password, {_ACCESS}"
         f" FROM users u {_STANDS} WHERE u.state = 'active' AND u.password_hash IS NOT NULL",
+    ),
+    View(
+        "dovecot_app_passwords",
+        f"SELECT p.id, u.address, u.host, p.secret_hash, p.imap, p.pop3, p.smtp, p.sieve, {_ACCESS}"
+        f" FROM app_passwords p JOIN users u ON u.id = p.user_id {_STANDS}"
+        " WHERE p.revoked_at IS NULL AND u.state = 'active'",
     ),
     View(
         "worker_aliases",
@@ -105,7 +118,8 @@ VIEWS = (
     View("policy_senders", _SENDERS),
     View(
         "policy_logins",
-        f"SELECT u.address AS login, u.host, u.send_limit FROM users u {_STANDS} WHERE u.state = 'active'",
+        "SELECT u.address AS login, u.host, u.send_limit, u.access_ended_at, {ended} AS ended_at, {flushed} AS flushed_at"
+        f" FROM users u {_STANDS} WHERE u.state = 'active'",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""The worker's side of the queue: claim, keep, finish, give back.
+"""The worker's side of the queue, and the service process's: claim, keep, finish, give back.
 
 SECURITY: loaded by the worker (root). Writes the progress columns of `jobs`, and `applied`; trusts no row.
 
@@ -198,7 +198,7 @@ async def heartbeat(database: Database, claims: Sequence[Claim], now: datetime) 
 async def finish(database: Database, claim: Claim, outcome: Outcome, now: datetime) -> None:
     """Done: the job, `applied`, and the older waiting jobs of the same subject, in one transaction. Or LeaseLost."""
     async with database.write.begin() as connection:
-        await _end(connection, claim, JobState.DONE, None, now)
+        await end_job(connection, claim, JobState.DONE, None, now)
         await record(connection, claim.host, claim.kind, claim.subject_id, outcome, now)
         await connection.execute(
             update(jobs)
@@ -253,7 +253,7 @@ async def finish_batch(
             elif state is JobState.READY:
                 await _again(connection, claim, own.error or "", now, jitter)
             else:
-                await _end(connection, claim, state, own.error, now)
+                await end_job(connection, claim, state, own.error, now)
             outcomes = {end.subject_id: end.outcome for end in step if end.outcome is not None}
             await _record_all(connection, claim.host, claim.kind, outcomes, now)
             await _end_waiting(connection, step, now, jitter)
@@ -299,12 +299,14 @@ async def _end_waiting(connection: AsyncConnection, ends: Iterable[End], now: da
 async def give_up(database: Database, claim: Claim, error: str, now: datetime) -> None:
     """Dead: this cannot pass by waiting. A newer version, or a retry over HTTP, is a new job."""
     async with database.write.begin() as connection:
-        await _end(connection, claim, JobState.DEAD, error, now)
+        await end_job(connection, claim, JobState.DEAD, error, now)
 
 
-async def retry(database: Database, claim: Claim, error: str, now: datetime, *, jitter: random.Random) -> JobState:
-    """Back to ready, after a random part of a time that doubles up to five minutes; dead after `MAX_ATTEMPTS`."""
-    if claim.attempts >= MAX_ATTEMPTS:
+async def retry(
+    database: Database, claim: Claim, error: str, now: datetime, *, jitter: random.Random, attempts: int = MAX_ATTEMPTS
+) -> JobState:
+    """Back to ready, after a random part of a time that doubles up to five minutes; dead after so many attempts."""
+    if claim.attempts >= attempts:
         await give_up(database, claim, f"{error} (gave up after {claim.attempts} attempts)", now)
         return JobState.DEAD
     async with database.read.connect() as connection:
@@ -330,11 +332,12 @@ async def _again(connection: AsyncConnection, claim: Claim, error: str, now: dat
 
 def backoff(attempts: int, jitter: random.Random) -> timedelta:
     """Full jitter: anything between nothing and half a second doubled by each attempt, at most `MAX_BACKOFF`."""
-    ceiling = min(MAX_BACKOFF, timedelta(seconds=0.5) * 2**attempts)
+    ceiling = min(MAX_BACKOFF, timedelta(seconds=0.5) * 2 ** min(attempts, 20))
     return timedelta(seconds=ceiling.total_seconds() * jitter.random())
 
 
-async def _end(connection: AsyncConnection, claim: Claim, state: JobState, error: str | None, now: datetime) -> None:
+async def end_job(connection: AsyncConnection, claim: Claim, state: JobState, error: str | None, now: datetime) -> None:
+    """Ends the job in a transaction of the caller, who writes there what else is true by it. Or LeaseLost."""
     ended = (
         update(jobs)
         .where(_ours(claim))
@@ -435,7 +438,9 @@ async def _record_all(
     await connection.execute(statement, rows)
 
 
-async def take_back(database: Database, host: str, now: datetime, *, all_running: bool = False) -> int:
+async def take_back(
+    database: Database, host: str, now: datetime, *, all_running: bool = False, attempts: int = MAX_ATTEMPTS
+) -> int:
     """Gives back the jobs whose lease has ended; with `all_running` (at the start, under the flock) all of this host.
 
     The fence rises, so whoever still works on one can finish nothing. A job that was tried too often is dead instead:
@@ -445,11 +450,11 @@ async def take_back(database: Database, host: str, now: datetime, *, all_running
     if not all_running:
         taken = and_(taken, jobs.c.lease_until < now)
     freed = {"running_lane": None, "lease_until": None, "fence": jobs.c.fence + 1}
-    message = f"gave up after {MAX_ATTEMPTS} attempts: the worker ended while at work on it"
+    message = f"gave up after {attempts} attempts: the worker ended while at work on it"
     async with database.write.begin() as connection:
         poison = (
             update(jobs)
-            .where(taken, jobs.c.attempts >= MAX_ATTEMPTS)
+            .where(taken, jobs.c.attempts >= attempts)
             .values(**freed, state=JobState.DEAD, error=message, finished_at=now)
         )
         others = update(jobs).where(taken).values(**freed, state=JobState.READY, run_at=now)

@@ -1,4 +1,4 @@
-"""All that the privileged worker may be asked to do.
+"""All that the privileged worker, and behind the host `-` the service process, may be asked to do.
 
 SECURITY: loaded by the worker (root). A job is a kind out of this list and an id; nothing else crosses the border.
 """
@@ -15,11 +15,15 @@ for all that wait."""
 MAILHOST_SYNC = "mailhost.sync"
 """Make the configuration of this host's programs what `hosts.settings` says. `subject_id` is always `THE_HOST`."""
 
+MAIL_SEND = "mail.send"
+"""Send the notice `subject_id` to the account's contact address. For the service process, whose host is `-`."""
+
 
 class JobKind(StrEnum):
     MAILBOX_SYNC = MAILBOX_SYNC
     ALIASES_SYNC = ALIASES_SYNC
     MAILHOST_SYNC = MAILHOST_SYNC
+    MAIL_SEND = MAIL_SEND
 
 
 ALIASES_LANE = "aliases"
@@ -28,6 +32,11 @@ MAILHOST_LANE = "mailhost"
 
 THE_HOST = 1
 """What a job and its `applied` name when they are about the host itself: a number, like every subject."""
+
+
+def mail_lane(notice_id: int) -> str:
+    """Each notice has its own: one that cannot be delivered holds up no other."""
+    return f"mail:{notice_id}"
 
 
 def mailbox_lane(address: str) -> str:

@@ -164,6 +164,36 @@ BY_ERROR: dict[type[Exception], ProblemType] = {
         "refused there. With `srs` on, our hosts rewrite the sender.",
         f"""{_SEND} -X PATCH $URL/v1/hosts/$HOST -d '{{"settings": {{"srs": true}}}}'""",
     ),
+    errors.LastPrimary: _of(
+        errors.LastPrimary,
+        409,
+        "The last one who may do everything",
+        "Make another primary first, without an end and with a key of its own: nobody else could repair what this would break.",
+        f"""{_SEND} $URL/v1/principals -d '{{"role": "primary", "name": "Second administrator"}}'""",
+    ),
+    errors.TooManyKeys: _of(
+        errors.TooManyKeys,
+        409,
+        "Too many keys",
+        "Two secrets live side by side while a client is moved, and no third. End one of `keys`, the one that nobody uses.",
+        f"{_ME}/v1/principals/$PRINCIPAL/keys/$KEY/revoke -X POST",
+    ),
+    errors.CertificateKnown: _of(
+        errors.CertificateKnown,
+        409,
+        "The certificate is registered already",
+        "A certificate belongs to one principal, and once ended it stays ended. Make a new one.",
+        f"{_ME}/v1/principals",
+    ),
+    errors.SrsNeeded: _of(
+        errors.SrsNeeded,
+        409,
+        "Aliases lead to other mail servers",
+        "Without SRS on every enabled host, what they pass on would be refused there (SPF). Lead the aliases in `aliases` "
+        "elsewhere, or delete them; or leave SRS on. A host is added with `enabled: false`, and gets `srs: true` and "
+        "`enabled: true` in one PATCH. Nothing was changed.",
+        f"""{_SEND} -X PATCH $URL/v1/hosts/$HOST -d '{{"enabled": true, "settings": {{"srs": true}}}}'""",
+    ),
     errors.UserNotDeleted: _of(
         errors.UserNotDeleted,
         409,
@@ -176,6 +206,56 @@ BY_ERROR: dict[type[Exception], ProblemType] = {
         "The account is deleted",
         "Restore it first; then it can be changed.",
         f"{_ME}/v1/users/$ID/restore -X POST",
+    ),
+    errors.UserNotActive: _of(
+        errors.UserNotActive,
+        409,
+        "The account is not active",
+        "Resume it, or unlock it, first.",
+        f"{_ME}/v1/users/$ID",
+    ),
+    errors.UserLocked: _of(
+        errors.UserLocked,
+        409,
+        "The account is locked",
+        "Somebody locked it because it seemed stolen. When its owner has it back, unlock it: it is then what it was before.",
+        f"{_ME}/v1/users/$ID/unlock -X POST",
+    ),
+    errors.NoContactAddress: _of(
+        errors.NoContactAddress,
+        409,
+        "There is nowhere to send the link",
+        "Give the account a contact address first, or have the link shown (`deliver: show`) and hand it over yourself.",
+        f"""{_SEND} $URL/v1/password-resets -d '{{"user": "$ID", "reason": "...", "deliver": "show"}}'""",
+    ),
+    errors.PasswordUnreadable: _of(
+        errors.PasswordUnreadable,
+        409,
+        "The password cannot be checked here",
+        "It was taken over in a form that only Dovecot reads. Ask for a reset instead: its link sets a new one without it.",
+        f"""{_SEND} $URL/v1/password-resets -d '{{"user": "$ID"}}'""",
+    ),
+    errors.LinkNotValid: _of(
+        errors.LinkNotValid,
+        410,
+        "The link is no longer good",
+        "It was used, it is too old, a newer change cancelled it, or it was cut off on the way. Ask for a new one.",
+        f"""{_SEND} $URL/v1/password-resets -d '{{"user": "alice@cacert.org"}}'""",
+    ),
+    errors.WrongPassword: _of(
+        errors.WrongPassword,
+        403,
+        "Wrong password",
+        "The current password is wrong, or there is no such active account. Wrong ones are counted, as logins are. Whoever "
+        "forgot it asks for a reset.",
+        f"""{_SEND} -X PUT $URL/v1/users/$ID/password -d '{{"current_password": "...", "password": "four unrelated words"}}'""",
+    ),
+    errors.TooManyAppPasswords: _of(
+        errors.TooManyAppPasswords,
+        409,
+        "The account has too many app passwords",
+        "Revoke one that is no longer used: `last_used_at` tells. The number is a setting, APP_PASSWORDS_MAX.",
+        f"{_ME}/v1/users/$ID/app-passwords",
     ),
     errors.UserPurged: _of(
         errors.UserPurged,
@@ -255,6 +335,35 @@ BY_ERROR: dict[type[Exception], ProblemType] = {
         "You may not do this",
         "`missing` names the permission that your client lacks; /v1/me lists what it has. Ask an administrator.",
         f"{_ME}/v1/me",
+    ),
+    errors.Outranked: _of(
+        errors.Outranked,
+        403,
+        "Somebody of a higher role",
+        "Only a principal of the same role or a higher one may do this. Ask one of them: GET /v1/principals lists them.",
+        f"{_ME}/v1/principals",
+    ),
+    errors.OwnRights: _of(
+        errors.OwnRights,
+        403,
+        "Nobody raises their own rights",
+        "Somebody else who may write principals does it for you; GET /v1/principals lists them.",
+        f"{_ME}/v1/principals",
+    ),
+    errors.ForgedCertificate: _of(
+        errors.ForgedCertificate,
+        403,
+        "A client certificate from the wrong place",
+        "Leave the header out. Only the proxies in CERTIFICATE_PROXIES say whose certificate they saw; this was recorded.",
+        f"{_ME}/v1/me",
+    ),
+    errors.TooManyTries: _of(
+        errors.TooManyTries,
+        429,
+        "Too many tries",
+        "Wrong passwords, wrong secrets or reset requests came too often: for this name, or from your network. Wait for "
+        "`retry_after` seconds. An administrator can see why (GET /v1/lockouts) and lift it (DELETE /v1/lockouts/ID).",
+        f"{_ME}/v1/lockouts",
     ),
     errors.Unavailable: _of(
         errors.Unavailable,
@@ -350,6 +459,7 @@ def problem_response(
     members: Mapping[str, Any] | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
+    request.scope["problem"] = problem.slug
     body = {
         "type": f"/problems/{problem.slug}",
         "title": problem.title,
@@ -373,6 +483,8 @@ def error_response(request: Request, error: errors.CacertMailError) -> Response:
         headers = dict(CHALLENGE)
     elif problem.status == 503 or isinstance(error, errors.KeyInUse):
         headers = {"Retry-After": "1"}
+    elif isinstance(error, errors.TooManyTries):
+        headers = {"Retry-After": str(error.members["retry_after"])}
     return problem_response(request, problem, error.detail, members=members, headers=headers)
 
 
@@ -398,6 +510,9 @@ _PLAINER = {
 PATTERNS = {
     r"^[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?$": "The name of a host takes 1 to 64 of a-z, 0-9, dot and hyphen; it starts and "
     "ends with a letter or digit.",
+    r"^[a-z0-9-]{1,40}$": "A client id takes 1 to 40 of a-z, 0-9 and hyphen. GET /v1/principals lists them.",
+    r"^[A-Za-z0-9_-]{4,512}$": "This takes the `id` of a lockout. GET /v1/lockouts lists them.",
+    r"^[\x20-\x7e]+$": "This takes plain ASCII.",
 }
 """What takes which pattern, in words."""
 

@@ -31,11 +31,17 @@ GRANT SELECT, INSERT, DELETE ON cacertusers.sender_rules TO 'api'@'%';
 GRANT SELECT ON cacertusers.postfix_senders TO 'api'@'%';
 GRANT SELECT, INSERT, UPDATE ON cacertusers.users TO 'api'@'%';
 GRANT SELECT, INSERT, UPDATE ON cacertusers.principals TO 'api'@'%';
+GRANT SELECT, INSERT, UPDATE (ends_at) ON cacertusers.principal_keys TO 'api'@'%';
+GRANT SELECT, INSERT, UPDATE (used_at, cancelled_at) ON cacertusers.password_resets TO 'api'@'%';
+GRANT SELECT, INSERT ON cacertusers.notices TO 'api'@'%';
+GRANT SELECT, INSERT, UPDATE (revoked_at, last_used_at, last_used_from) ON cacertusers.app_passwords TO 'api'@'%';
+GRANT SELECT, INSERT, UPDATE, DELETE ON cacertusers.login_failures TO 'api'@'%';
 GRANT SELECT ON cacertusers.applied TO 'api'@'%';
 GRANT SELECT ON cacertusers.host_status TO 'api'@'%';
 GRANT SELECT, INSERT (host, lane, kind, subject_id, version, request_id, run_at, created_at)
     ON cacertusers.jobs TO 'api'@'%';
 GRANT SELECT, INSERT ON cacertusers.audit_events TO 'api'@'%';
+GRANT SELECT ON cacertusers.audit_chain TO 'api'@'%';
 GRANT SELECT, INSERT, UPDATE (subject_id, subject_name) ON cacertusers.idempotency_keys TO 'api'@'%';
 GRANT SELECT ON cacertusers.alembic_version TO 'api'@'%';
 
@@ -67,6 +73,11 @@ GRANT SELECT ON cacertusers.addresses TO 'service'@'%';
 GRANT SELECT ON cacertusers.applied TO 'service'@'%';
 GRANT SELECT ON cacertusers.host_status TO 'service'@'%';
 GRANT SELECT, INSERT ON cacertusers.audit_events TO 'service'@'%';
+GRANT SELECT, INSERT ON cacertusers.audit_chain TO 'service'@'%';
+-- It sends the links, so it knows the file key that they are made with; what the row has of a link opens nothing.
+GRANT SELECT, DELETE ON cacertusers.password_resets TO 'service'@'%';
+GRANT SELECT, DELETE, UPDATE (sent_at, bounced_at, bounce, recipient) ON cacertusers.notices TO 'service'@'%';
+GRANT SELECT, DELETE ON cacertusers.login_failures TO 'service'@'%';
 GRANT SELECT, DELETE ON cacertusers.idempotency_keys TO 'service'@'%';
 GRANT SELECT ON cacertusers.alembic_version TO 'service'@'%';
 
@@ -85,3 +96,4 @@ GRANT SELECT ON cacertusers.postfix_senders TO 'postfix'@'%';
 GRANT SELECT ON cacertusers.postfix_logins TO 'postfix'@'%';
 GRANT SELECT ON cacertusers.dovecot_users TO 'dovecot'@'%';
 GRANT SELECT ON cacertusers.dovecot_passwords TO 'dovecot'@'%';
+GRANT SELECT ON cacertusers.dovecot_app_passwords TO 'dovecot'@'%';

@@ -57,11 +57,22 @@ def described(connection: Connection) -> dict[str, str]:
 
 
 def _sorted(statement: str) -> str:
-    # SQLite keeps the statement as it was sent, where constraints stand in any order, and puts a column that is added onto the
-    # line of the one before; a database name is part of a view.
-    statement = re.sub(r", (\w+ [A-Z]+), $", r",\n\1,", statement, flags=re.MULTILINE)
+    # SQLite keeps the statement as it was sent, where constraints and added columns stand in any order and in any place of a
+    # line, and quotes a name that was altered; a database name is part of a view.
     statement = re.sub(r"AUTO_INCREMENT=\d+ ", "", statement).replace("`declared`.", "").replace("`cacertusers`.", "")
-    return "\n".join(sorted(line.strip(" ,\t") for line in statement.splitlines() if line.strip(" ,\t")))
+    statement = statement.replace('"', "")
+    if not statement.startswith("CREATE TABLE"):
+        return statement
+    head, _, rest = statement.partition("(")
+    body, _, tail = rest.rpartition(")")
+    parts, depth = [""], 0
+    for character in body:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return "\n".join([head.strip(), *sorted(" ".join(part.split()) for part in parts), tail.strip()])
 
 
 def test_on_sqlite(scratch: Path) -> None:
