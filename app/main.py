@@ -7,31 +7,73 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from app.config import ApiSettings
+from app.config import ApiSettings, networks
+from app.credentials.links import load_link_key
+from app.credentials.policy_key import load_policy_key
 from app.credentials.tokens import load_keys, load_request_key
 from app.db import Clock, Database, utc_now
-from app.routers import addresses, aliases, domains, health, hosts, jobs, me, problems, senders, tokens, users
-from app.web import docs
+from app.routers import (
+    addresses,
+    aliases,
+    app_passwords,
+    audit_events,
+    auth_policy,
+    domains,
+    health,
+    hosts,
+    jobs,
+    lockouts,
+    locks,
+    me,
+    owner_tokens,
+    password_resets,
+    passwords,
+    principals,
+    problems,
+    senders,
+    summaries,
+    tokens,
+    users,
+)
+from app.web import docs, reset_page
+from app.web.audit import Refusals
 from app.web.authentication import Authenticator
+from app.web.certificates import Proxies
 from app.web.dependencies import Service
 from app.web.middleware import RequestEnvelope
 from app.web.problems import install
+from app.web.throttle import Throttle
 from app.web.waiting import JobWaiter
 
-DESCRIPTION = """Provisions mail accounts on Postfix and Dovecot, and proves that each one works.
+DESCRIPTION = f"""Provisions mail accounts on Postfix and Dovecot, and proves that each one works.
 
 **Sign in** with *Authorize*: client id and secret, either way; a reload of this page forgets them.
 
 Every change answers with the resource, its `version` and whether the host is `ready` for it; with `Prefer: wait=10` the
-answer comes when it is. Errors are problems (RFC 9457) whose `type` is [a page](/problems) that says what to do."""
+answer comes when it is. Errors are problems (RFC 9457) whose `type` is [a page](/problems) that says what to do.
+
+<details><summary>Which role may do what</summary>
+
+{docs.role_table()}
+
+</details>"""
 
 _TAGS = [
     {"name": "Users", "description": "Accounts with a mailbox."},
+    {"name": "Passwords", "description": "New ones: by a link, by the current one, or by an administrator."},
+    {"name": "App passwords", "description": "Passwords for single programs, each for some protocols."},
     {"name": "Aliases", "description": "Addresses that lead elsewhere, and who may send as them."},
     {"name": "Addresses", "description": "Free, or why not; where mail goes."},
     {"name": "Jobs", "description": "What the hosts were asked to look at."},
     {"name": "Domains", "description": "One primary, any number of virtual and relay ones."},
     {"name": "Hosts", "description": "Where mailboxes lie."},
+    {"name": "Lockouts", "description": "Who guesses too much, and is slowed or refused."},
+    {
+        "name": "Principals",
+        "description": "Who may call: people and services, their roles, secrets and certificates. "
+        "Which role may do what stands at the top of this page.",
+    },
+    {"name": "Audit", "description": "Who changed what, or tried to."},
     {"name": "Me", "description": "Who am I."},
     {"name": "Tokens", "description": "OAuth 2.0 client credentials."},
     {"name": "Health", "description": "For supervisors."},
@@ -80,27 +122,38 @@ def create_app(settings: ApiSettings, *, clock: Clock = utc_now) -> FastAPI:
     database = Database(
         settings.database_url.get_secret_value(), ca_file=settings.database_ca_file, pool_size=settings.database_pool
     )
+    request_key = load_request_key(settings.key_directory)
+    throttle = Throttle(database, settings, request_key, clock)
+    policy_key = settings.auth_policy_key_file
     service = Service(
         settings=settings,
         database=database,
-        authenticator=Authenticator(database, keys, issuer=settings.issuer, clock=clock),
+        authenticator=Authenticator(database, keys, issuer=settings.issuer, clock=clock, throttle=throttle),
         waiter=JobWaiter(database),
-        request_key=load_request_key(settings.key_directory),
+        request_key=request_key,
+        throttle=throttle,
+        policy_key=load_policy_key(policy_key) if policy_key else None,
+        policy_networks=settings.policy_networks,
+        link_key=load_link_key(settings.link_key_file),
         clock=clock,
     )
+
+    refusals = Refusals(database, clock)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        await refusals.close()
         await service.waiter.close()
         await database.close()
 
-    app = build_app(lifespan=lifespan)
+    app = build_app(settings, lifespan=lifespan)
     app.state.service = service
+    app.state.refusals = refusals
     return app
 
 
-def build_app(**options: Any) -> FastAPI:
+def build_app(settings: ApiSettings | None = None, **options: Any) -> FastAPI:
     """Routes, error handlers and documentation, without a database: enough for the OpenAPI document."""
     app = FastAPI(
         title="cacert-mail",
@@ -115,10 +168,40 @@ def build_app(**options: Any) -> FastAPI:
         **options,
     )
     install(app)
-    for module in (users, aliases, senders, addresses, jobs, domains, hosts, me, tokens, health, problems):
+    for module in (
+        auth_policy,
+        users,
+        summaries,
+        locks,
+        passwords,
+        password_resets,
+        app_passwords,
+        aliases,
+        senders,
+        addresses,
+        jobs,
+        domains,
+        hosts,
+        lockouts,
+        audit_events,
+        principals,
+        owner_tokens,
+        me,
+        tokens,
+        health,
+        problems,
+    ):
         app.include_router(module.router)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
     docs.install(app)
+    reset_page.install(app)
+    if settings is not None:
+        app.add_middleware(
+            Proxies,
+            header=settings.certificate_header,
+            certificate_proxies=networks(settings.certificate_proxies),
+            trusted_proxies=settings.trusted_proxies,
+        )
     app.add_middleware(RequestEnvelope)
     return app
 

@@ -13,19 +13,21 @@ import pytest
 import pytest_asyncio
 from fastapi import FastAPI
 from pydantic import SecretStr
+from sqlalchemy import insert
 
 from app.addresses import DomainName
 from app.cli.db import upgrade_database
 from app.config import ApiSettings
+from app.credentials.links import create_link_key
 from app.credentials.tokens import create_request_key, create_signing_key
 from app.db import Database, utc_now
 from app.log import set_up_logging
 from app.main import create_app
 from app.models.domains import DomainKind
+from app.models.hosts import hosts
 from app.permissions import Permission, Role
 from app.services.changes import Actor, Change
 from app.services.domains import create_domain
-from app.services.hosts import create_host
 from app.services.principals import create_principal
 from tests.stack.mariadb import MariaDB
 
@@ -137,6 +139,7 @@ def key_directory(memory_directory: Path) -> Path:
     path = memory_directory / "keys"
     create_signing_key(path)
     create_request_key(path)
+    create_link_key(path / "link.key")
     return path
 
 
@@ -145,11 +148,12 @@ ACTOR = Actor("tests", "127.0.0.1", "test-request")
 
 @pytest_asyncio.fixture
 async def seeded(database: Database) -> Database:
-    """The primary domain and one host."""
+    """The primary domain and one host, which has been there for a while: nothing of it waits to be made so."""
     async with database.write.begin() as connection:
         change = Change(connection, ACTOR, utc_now())
         await create_domain(change, DomainName(PRIMARY), DomainKind.PRIMARY)
-        await create_host(change, HOST)
+        row = {"name": HOST, "enabled": True, "settings": {}, "version": 1}
+        await connection.execute(insert(hosts), {**row, "created_at": change.now, "updated_at": change.now})
     return database
 
 
@@ -158,6 +162,7 @@ def settings(test_database: TestDatabase, key_directory: Path, scratch: Path) ->
     return ApiSettings(
         database_url=SecretStr(test_database.url("api")),
         key_directory=key_directory,
+        link_key_file=key_directory / "link.key",
         issuer=ISSUER,
         wake_directory=scratch,
         database_pool=10,

@@ -2,6 +2,9 @@
 
 import asyncio
 import base64
+import ctypes
+import hashlib
+import hmac
 import os
 import re
 import unicodedata
@@ -12,9 +15,10 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
-import nacl.pwhash.argon2id
+import nacl.pwhash
+from nacl.exceptions import InvalidkeyError
 
-from app.errors import BadPassword
+from app.errors import BadPassword, PasswordUnreadable
 
 LONGEST = 256
 """Code points of a password, at most. NIST SP 800-63B-4, section 3.1.1.2 asks for at least 64."""
@@ -55,6 +59,66 @@ def _threads() -> ThreadPoolExecutor:
 def _hash(secret: bytes, cost: Cost) -> str:
     encoded = nacl.pwhash.argon2id.str(secret, opslimit=cost.passes, memlimit=cost.memory_kib * 1024)
     return "{ARGON2ID}" + encoded.rstrip(b"\0").decode("ascii")
+
+
+_NOBODYS = "{ARGON2ID}$argon2id$v=19$m=65536,t=3,p=1$bm9ib2R5cyBzYWx0ISEhIQ$" + "A" * 43
+"""Matches nothing, and takes as long as a hash of ours."""
+
+
+async def password_matches(password: str, stored: str | None) -> bool:
+    """Tell whether Dovecot would let this password in by this hash. None, for nobody's, takes as long as one of ours.
+
+    Raises PasswordUnreadable if the hash is of none of the forms that `check_hash` lets in.
+    """
+    if len(password) > 4 * LONGEST or "\0" in password:
+        return False
+    # We hash the normalised form; a hash that was taken over is of whatever bytes its owner's program sent.
+    forms = {form.encode("utf-8", "surrogatepass"): None for form in (unicodedata.normalize("NFC", password), password)}
+    loop = asyncio.get_running_loop()
+    for secret in forms:
+        if await loop.run_in_executor(_threads(), _matches, secret, stored or _NOBODYS):
+            return stored is not None
+    return False
+
+
+def _matches(secret: bytes, stored: str) -> bool:
+    scheme, _, value = stored.removeprefix("{").partition("}")
+    match scheme:
+        case "ARGON2ID" | "ARGON2I":
+            try:
+                return nacl.pwhash.verify(value.encode("ascii"), secret)
+            except InvalidkeyError:
+                return False
+        case "BLF-CRYPT" | "SHA512-CRYPT" | "SHA256-CRYPT":
+            return hmac.compare_digest(_crypt(secret, value.encode("ascii")), value.encode("ascii"))
+        case "PBKDF2":
+            _, _, salt, rounds, digest = value.split("$")
+            made = hashlib.pbkdf2_hmac("sha1", secret, salt.encode("ascii"), int(rounds))
+            return hmac.compare_digest(made.hex(), digest.lower())
+        case "SCRAM-SHA-256":
+            iterations, salt, stored_key, _ = value.split(",")
+            salted = hashlib.pbkdf2_hmac("sha256", secret, base64.b64decode(salt), int(iterations))
+            key = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()  # RFC 5802, section 3
+            return hmac.compare_digest(key, base64.b64decode(stored_key))
+    raise PasswordUnreadable("The stored password is of a form that only Dovecot can check.")
+
+
+def _crypt(secret: bytes, setting: bytes) -> bytes:
+    """crypt_rn(3), as Dovecot calls it; b"" if it fails. Python's own `crypt` goes with 3.13, and holds up other threads."""
+    data = ctypes.create_string_buffer(_CRYPT_DATA)
+    return _libcrypt().crypt_rn(secret, setting, data, len(data)) or b""
+
+
+_CRYPT_DATA = 32768
+"""Bytes of a `struct crypt_data`."""
+
+
+@cache
+def _libcrypt() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcrypt.so.1")
+    library.crypt_rn.restype = ctypes.c_char_p
+    library.crypt_rn.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
+    return library
 
 
 def check_password(password: str, *, address: str, display_name: str = "", minimum: int = 15) -> None:

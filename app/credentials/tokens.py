@@ -43,6 +43,9 @@ LONGEST = 8192
 REMEMBERED = 4096
 """Verified tokens that one process remembers."""
 
+OWNER = re.compile(r"owner-([1-9]\d{0,17})", re.ASCII)
+"""The subject of an owner's token: the owner of that account."""
+
 _ALGORITHM = "RS256"
 _KEY_BITS = 3072
 _REQUEST_KEY = "request.key"
@@ -64,12 +67,18 @@ class Claims:
     """What a verified token says. `scope` is None if the token was not narrowed, and empty if it allows nothing."""
 
     subject: str
+    client_id: str
+    """Whose request it was issued at: the subject itself, but for an owner's token."""
     token_id: str
     issued_at: datetime
     expires_at: datetime
     scope: frozenset[str] | None
+    key_id: int
+    """Of the client's secret or certificate that it was obtained with: the token ends with it."""
     generation: int
-    """Of the client's secret, when the token was issued: a token ends when its secret is changed."""
+    """What the subject's own access had come to: an owner's token ends with the next password. 0 for a client."""
+    certificate: str | None
+    """SHA-256 in hex of the client certificate that must come with it (RFC 8705, section 3)."""
 
 
 class TokenKeys:
@@ -91,15 +100,18 @@ class TokenKeys:
         self,
         principal_id: str,
         *,
-        generation: int,
+        key_id: int,
         scope: frozenset[str] | None,
         issuer: str,
         audience: str,
         now: datetime,
+        client_id: str | None = None,
+        generation: int = 0,
+        certificate: str | None = None,
     ) -> tuple[str, int]:
         """Return a token for the principal, and the seconds for which it is good.
 
-        `generation` counts the changes of the client's secret; the caller of `verify` compares it with the present one.
+        Whether key, generation and certificate are still what they were is for the caller of `verify` to compare.
 
         `scope` of None leaves the claim out. Raises ValueError on what `verify` would refuse.
         """
@@ -108,12 +120,15 @@ class TokenKeys:
             "iss": _text(issuer),
             "aud": _text(audience),
             "sub": _text(principal_id),
-            "client_id": principal_id,  # RFC 9068, section 2.2: equal to `sub` where the client acts for itself
+            "client_id": _text(client_id or principal_id),
             "jti": secrets.token_urlsafe(16),
             "iat": issued_at,
             "exp": issued_at + LIFETIME,
+            "key": key_id,
             "generation": generation,
         }
+        if certificate is not None:
+            claims["cnf"] = {"x5t#S256": _base64url(bytes.fromhex(certificate))}
         if scope is not None:
             claims["scope"] = " ".join(sorted(scope))
             if _scope(claims["scope"]) != scope:
@@ -160,17 +175,24 @@ class TokenKeys:
         _require(_text(claims["aud"]) == audience)
         _require("nbf" not in claims)  # Never written by us, and to ignore it would break RFC 7519, section 4.1.5.
         subject, token_id = _text(claims["sub"]), _text(claims["jti"])
-        _require(claims.get("client_id", subject) == subject)
-        issued_at, expires_at, generation = claims["iat"], claims["exp"], claims["generation"]
+        client_id = _text(claims["client_id"])
+        # RFC 9068, section 2.2: they are equal where a client acts for itself. It acts for no one but an owner else.
+        _require(client_id == subject or OWNER.fullmatch(subject) is not None)
+        issued_at, expires_at = claims["iat"], claims["exp"]
+        key_id, generation = claims["key"], claims["generation"]
         _require(type(issued_at) is int and type(expires_at) is int and 0 < expires_at - issued_at <= LIFETIME)
         _require(type(generation) is int and generation >= 0)
+        _require(type(key_id) is int and key_id >= 0)
         return Claims(
             subject=subject,
+            client_id=client_id,
             token_id=token_id,
             issued_at=datetime.fromtimestamp(issued_at, UTC),
             expires_at=datetime.fromtimestamp(expires_at, UTC),
             scope=_scope(claims["scope"]) if "scope" in claims else None,
+            key_id=key_id,
             generation=generation,
+            certificate=_confirmation(claims["cnf"]) if "cnf" in claims else None,
         )
 
     def jwks(self) -> dict[str, Any]:
@@ -200,6 +222,15 @@ def _scope(value: object) -> frozenset[str]:
     if type(value) is not str or len(value) > _LONGEST_SCOPE or not _SCOPE.fullmatch(value):
         raise ValueError("a scope must be tokens with one blank between them")
     return frozenset(value.split())
+
+
+def _confirmation(value: object) -> str:
+    """Read `cnf` (RFC 8705, section 3.1): the hash of a certificate, and nothing else that would have to be confirmed."""
+    if type(value) is not dict or value.keys() != {"x5t#S256"}:
+        raise ValueError("cnf must be x5t#S256 alone")
+    digest = base64.urlsafe_b64decode(_text(value["x5t#S256"]) + "=")
+    _require(len(digest) == 32)
+    return digest.hex()
 
 
 def _json_object(segment: str) -> dict[str, Any]:
@@ -244,7 +275,7 @@ def create_signing_key(directory: Path, *, now: datetime | None = None) -> str:
     thumbprint = _base64url(hashlib.sha256(canonical).digest())  # RFC 7638, section 3
     kid = f"{(now or datetime.now(UTC)).astimezone(UTC):%Y%m%dT%H%M%S%fZ}-{thumbprint[:16]}"
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    _write_new(directory / f"{kid}.pem", pem)
+    write_new(directory / f"{kid}.pem", pem)
     return kid
 
 
@@ -252,7 +283,7 @@ def create_request_key(directory: Path) -> bool:
     """Write 32 random bytes to `<directory>/request.key` unless it exists, and tell whether they were written."""
     _make_directory(directory)
     try:
-        _write_new(directory / _REQUEST_KEY, secrets.token_bytes(_REQUEST_KEY_BYTES))
+        write_new(directory / _REQUEST_KEY, secrets.token_bytes(_REQUEST_KEY_BYTES))
     except FileExistsError:
         return False
     return True
@@ -321,11 +352,13 @@ def _read_private(path: Path) -> bytes:
     return content
 
 
-def _write_new(path: Path, content: bytes) -> None:
+def write_new(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """The whole file or none, and never in place of another: raises FileExistsError."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)  # whatever the umask
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from app.addresses import MailAddress, OutsideAddress
-from app.routers.shapes import NOT_FOUND, CanReadAliases, UserKey
+from app.routers.shapes import NOT_FOUND, CanReadAliases, CanReadOwnAliases, UserKey
 from app.services.senders import Reason, judge_sender, list_send_as
 from app.services.users import get_user
 from app.web.answers import answer
@@ -38,7 +38,7 @@ class VerdictBody(BaseModel):
     summary="List what an account may send as",
     responses=NOT_FOUND,
 )
-async def list_senders(user: UserKey, call: CanReadAliases) -> Response:
+async def list_senders(user: UserKey, call: CanReadOwnAliases) -> Response:
     """From the very view that Postfix reads, with the reason for each."""
     record = await call.read(get_user, user)  # type: ignore[arg-type]  # parsed by UserKey
     login = record.shown["address"]

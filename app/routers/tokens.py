@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, SecretStr
 from starlette.responses import Response
 
 from app.errors import Unauthenticated
+from app.permissions import Role
 from app.web.authentication import parse_basic
 from app.web.dependencies import PUBLIC, Route, Service
 from app.web.problems import CHALLENGE
@@ -20,6 +21,9 @@ class TokenBody(BaseModel):
     token_type: str = Field(examples=["Bearer"])
     expires_in: int = Field(description="Seconds.")
     scope: str = Field(description="The permissions that the token carries.")
+    role: Role
+    rank: int
+    key_id: int = Field(description="Of the secret or certificate that it was obtained with, and ends with.")
 
 
 class RefusedBody(BaseModel):
@@ -58,7 +62,10 @@ async def create_token(
     client_id: Annotated[str | None, Form(description="Unless it comes by HTTP Basic.")] = None,
     client_secret: Annotated[SecretStr | None, Form(description="Unless it comes by HTTP Basic.")] = None,
 ) -> Response:
-    """Ten minutes' worth, for the client named by HTTP Basic or in the form."""
+    """Ten minutes' worth, for the client named by HTTP Basic or in the form.
+
+    With a client certificate `client_id` alone is enough, and the token comes with that certificate or not at all (RFC 8705).
+    """
     if not grant_type:
         return _refused(400, "invalid_request", "Send a form with grant_type=client_credentials.")
     if grant_type != "client_credentials":
@@ -69,9 +76,12 @@ async def create_token(
         secret = client_secret.get_secret_value() if client_secret else ""
         if authorization.lower().startswith("basic "):
             client_id, secret = parse_basic(authorization[6:])
-        if not client_id or not secret:
+        if client_id and not secret and request.scope.get("client_certificate") is not None:
+            principal = await service.authenticator.by_certificate(request, client_id)  # RFC 8705, section 2
+        elif client_id and secret:
+            principal = await service.authenticator.by_secret(request, client_id, secret)
+        else:
             raise Unauthenticated("Send client id and secret, by HTTP Basic or as client_id and client_secret.")
-        principal = await service.authenticator.by_secret(request, client_id, secret)
     except Unauthenticated as error:
         return _refused(401, "invalid_client", error.detail)
     asked = None if not scope else frozenset(scope.split())
@@ -84,6 +94,9 @@ async def create_token(
         "token_type": "Bearer",
         "expires_in": seconds,
         "scope": " ".join(sorted(granted)),
+        "role": principal.role,
+        "rank": principal.rank,
+        "key_id": principal.key_id,
     }
     return JSONResponse(body, headers=_NO_STORE)
 

@@ -66,5 +66,6 @@ async def retry_job(change: Change, job_id: int) -> int:
         new_id = await resync_host(change, job.host)
     else:
         new_id = await resync_user(change, job.subject_id)
-    await record_event(change, "jobs.retry", "job", job_id, after={"job": new_id})
+    owner = job.subject_id if job.kind == JobKind.MAILBOX_SYNC else None
+    await record_event(change, "jobs.retry", "job", job_id, user_id=owner, after={"job": new_id})
     return new_id

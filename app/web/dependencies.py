@@ -21,15 +21,16 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.config import ApiSettings
+from app.config import ApiSettings, Networks
 from app.db import Clock, Database, is_busy, is_lost
 from app.errors import AddressRetired, AliasExists, Forbidden, UserExists
-from app.permissions import Permission, Principal
+from app.permissions import Permission, Principal, Role
 from app.queue.wake import wake
 from app.services.changes import Actor, Change
 from app.web.authentication import Authenticator
 from app.web.idempotency import idempotency_key, once, request_hash
 from app.web.problems import WrongMediaType
+from app.web.throttle import Throttle
 from app.web.waiting import JobWaiter
 
 P = ParamSpec("P")
@@ -49,6 +50,11 @@ class Service:
     authenticator: Authenticator
     waiter: JobWaiter
     request_key: bytes
+    throttle: Throttle
+    policy_key: bytes | None
+    """What Dovecot shows; None: it is not answered."""
+    policy_networks: Networks
+    link_key: bytes
     clock: Clock
 
     @property
@@ -87,7 +93,8 @@ class Call:
         key = idempotency_key(self.request)
         said = "" if key is None else await request_hash(self.request, self.service.request_key)
         host = self.request.client.host if self.request.client else ""
-        actor = Actor(self.principal.id, host, self.request.scope["request_id"])
+        principal = self.principal
+        actor = Actor(principal.id, host, self.request.scope["request_id"], principal.key_id, principal.rank)
         for attempt in range(1, TRIES + 1):
             committing = False
             try:
@@ -136,17 +143,30 @@ def _is_json(request: Request) -> bool:
 
 
 class Needs:
-    """A dependency: the caller must have this permission. None: any caller whom we know."""
+    """A dependency: the caller must have this permission. None: any caller whom we know.
 
-    def __init__(self, permission: Permission | None) -> None:
+    `owners`: also the owner of the account that `{user}` in the path names. Without a `{user}` the handler itself keeps an
+    owner to what is theirs.
+    """
+
+    def __init__(self, permission: Permission | None, *, owners: bool = False) -> None:
         self.permission = permission
+        self.owners = owners
 
     async def __call__(self, request: Request) -> Call:
         service: Service = request.app.state.service
-        principal = await service.authenticator.authenticate(request)
+        principal = request.scope["principal"] = await service.authenticator.authenticate(request)
         if self.permission is not None and self.permission not in principal.permissions:
             raise Forbidden(f"This needs the permission {self.permission}.", missing=self.permission.value)
+        if principal.role is Role.OWNER:
+            named = request.path_params.get("user")
+            if not self.owners or (named is not None and not _is_own(named, principal)):
+                raise Forbidden("An owner's token opens what belongs to that one account, and nothing else.")
         return Call(request, principal, service)
+
+
+def _is_own(named: str, owner: Principal) -> bool:
+    return named == str(owner.user_id) or named.lower() == owner.name
 
 
 async def _public() -> None:
@@ -166,6 +186,7 @@ class Route(APIRoute):
         public = any(d.call is _public for d in self.dependant.dependencies)
         if len(needs) != (0 if public else 1):
             raise TypeError(f"{path}: declare exactly one permission, or PUBLIC")
+        self.needs = needs[0] if needs else None
         extra: dict[str, Any] = {}
         if needs:
             extra["security"] = [{"basic": []}, {"client_credentials": []}]

@@ -11,6 +11,8 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
+from app.permissions import ROLE_PERMISSIONS, Permission, Role
+
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
@@ -45,6 +47,9 @@ _STYLE = """.swagger-ui .info { margin: 24px 0 16px; }
 .swagger-ui .response-col_links { display: none; }
 .swagger-ui .responses-table:not(.live-responses-table) .highlight-code > pre { max-height: 16em; }
 .swagger-ui .dialog-ux .modal-ux-content { max-height: 80vh; }
+.swagger-ui .info details summary { cursor: pointer; }
+.swagger-ui .info details table { width: auto; }
+.swagger-ui .info details td, .swagger-ui .info details th { padding: 2px 10px; text-align: left; }
 .swagger-ui .scope-def { display: none; }
 noscript { display: block; margin: 2em; font: 1.1em sans-serif; }
 """
@@ -62,6 +67,15 @@ _INIT = """SwaggerUIBundle({
   validatorUrl: null,
 });
 """
+
+
+def role_table() -> str:
+    """Which role has which permission, in Markdown, from ROLE_PERMISSIONS itself."""
+    lines = ["| | " + " | ".join(Role) + " |", "|---" * (len(Role) + 1) + "|"]
+    for permission in Permission:
+        marks = ("✓" if permission in ROLE_PERMISSIONS[role] else "" for role in Role)
+        lines.append(f"| `{permission}` | " + " | ".join(marks) + " |")
+    return "\n".join(lines)
 
 
 def install(app: FastAPI) -> None:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.log import log
+from app.web.audit import client_address
 from app.web.dependencies import MAX_BODY
 from app.web.problems import internal_error, too_large
 
@@ -38,6 +39,7 @@ class RequestEnvelope:
         scope["request_id"] = request_id
         status = 0
         head = scope["method"] == "HEAD"
+        inner = {**scope, "method": "GET"} if head else scope
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -59,14 +61,18 @@ class RequestEnvelope:
         structlog.contextvars.bind_contextvars(request_id=request_id)
         try:
             # The routes stop reading at MAX_BODY; the framework would answer a length that is announced in plain text.
-            answer = too_large(Request(scope)) if _length(scope) > MAX_BODY else self.app
-            await answer({**scope, "method": "GET"} if head else scope, receive, send_with_headers)
+            answer = too_large(Request(inner)) if _length(scope) > MAX_BODY else self.app
+            await answer(inner, receive, send_with_headers)
         except Exception as error:
             if status:
                 raise
             await internal_error(Request(scope), error)(scope, receive, send_with_headers)
         finally:
-            log.info("request", **_described(scope), status=status, ms=round((time.perf_counter() - started) * 1000, 1))
+            took = round((time.perf_counter() - started) * 1000, 1)
+            log.info("request", **_described(scope, inner), status=status, ms=took)
+        # The caller has its answer: what was refused is recorded at nobody's expense.
+        if 400 <= status < 500 and (refusals := getattr(scope["app"].state, "refusals", None)) is not None:
+            await refusals.record(inner, status)
 
 
 def _request_id(scope: Scope) -> str:
@@ -83,6 +89,12 @@ def _length(scope: Scope) -> int:
     return 0
 
 
-def _described(scope: Scope) -> dict[str, Any]:
+def _described(scope: Scope, inner: Scope) -> dict[str, Any]:
+    """What the routes have found out is in `inner`."""
     # The path alone: a query string may hold what a caller did not mean to be logged.
-    return {"method": scope["method"], "path": scope["path"]}
+    described = {"method": scope["method"], "path": scope["path"], "client": client_address(inner)}
+    if (principal := inner.get("principal")) is not None:
+        described["principal"] = principal.id
+    if (problem := inner.get("problem")) is not None:
+        described["problem"] = problem
+    return described

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from app.credentials import passwords
 from app.credentials.passwords import Cost, check_hash, check_password, hash_password
-from app.errors import BadPassword
+from app.errors import BadPassword, PasswordUnreadable
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -426,3 +426,49 @@ def test_check_password_raises_nothing_else(password: str) -> None:
         return
     assert 15 <= len(unicodedata.normalize("NFC", password)) <= 256
     password.encode()
+
+
+# --- what is stored, known again
+
+LANTERNS = "seven green lanterns över"
+
+
+def made_by_dovecot(scheme: str, password: str) -> str:
+    command = [DOVEADM, "-O", "pw", "-s", scheme, "-p", password]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("scheme", passwords._SCHEMES)
+async def test_what_dovecot_hashed_is_known_again(scheme: str) -> None:
+    """Each scheme that can be imported can be checked."""
+    stored = check_hash(made_by_dovecot(scheme, LANTERNS))
+    assert await passwords.password_matches(LANTERNS, stored)
+    assert await passwords.password_matches(unicodedata.normalize("NFD", LANTERNS), stored)
+    for wrong in (LANTERNS + "x", LANTERNS[:-1], LANTERNS.upper(), "", LANTERNS + "\0", "x" * 5000, "\ud800"):
+        assert not await passwords.password_matches(wrong, stored)
+
+
+@pytest.mark.asyncio
+async def test_our_own_hash_is_known_again() -> None:
+    stored = await hash_password(unicodedata.normalize("NFD", LANTERNS), CHEAP)
+    assert await passwords.password_matches(LANTERNS, stored)
+    assert not await passwords.password_matches(PHRASE, stored)
+
+
+@pytest.mark.asyncio
+async def test_nobodys_password_matches_nothing_and_costs_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    matches = passwords._matches
+    monkeypatch.setattr(passwords, "_matches", lambda secret, stored: checked.append(stored) or matches(secret, stored))
+    assert not await passwords.password_matches(LANTERNS, None)
+    (stored,) = checked
+    assert stored.startswith(f"{{ARGON2ID}}$argon2id$v=19$m={passwords.COST.memory_kib},t={passwords.COST.passes},p=1$")
+    check_hash(stored)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("stored", ["{MD5-CRYPT}$1$abc$def", "plain", "{PLAIN}seven"])
+async def test_another_form_is_said_to_be_unreadable(stored: str) -> None:
+    with pytest.raises(PasswordUnreadable):
+        await passwords.password_matches("seven", stored)

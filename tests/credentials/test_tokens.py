@@ -72,14 +72,14 @@ def verify(keys: TokenKeys, token: str, now: datetime = NOW) -> Claims:
 
 
 def issue(keys: TokenKeys, scope: frozenset[str] | None = None, now: datetime = NOW) -> str:
-    return keys.issue("principal-1", generation=3, scope=scope, issuer=ISSUER, audience=AUDIENCE, now=now)[0]
+    return keys.issue("principal-1", key_id=3, scope=scope, issuer=ISSUER, audience=AUDIENCE, now=now)[0]
 
 
 # --- what is issued
 
 
 def test_an_issued_token_verifies(keys: TokenKeys) -> None:
-    token, expires_in = keys.issue("principal-1", generation=3, scope=None, issuer=ISSUER, audience=AUDIENCE, now=NOW)
+    token, expires_in = keys.issue("principal-1", key_id=3, scope=None, issuer=ISSUER, audience=AUDIENCE, now=NOW)
     assert expires_in == 600
     claims = verify(keys, token)
     assert claims.subject == "principal-1"
@@ -99,7 +99,7 @@ def test_the_form_is_rfc_9068(keys: TokenKeys, ring: Ring) -> None:
     token = issue(keys, frozenset({"users:write", "jobs:read"}))
     assert jws.get_unverified_header(token) == {"alg": "RS256", "typ": "at+jwt", "kid": ring.kid}
     claims = jwt.get_unverified_claims(token)
-    assert claims.keys() == {"iss", "aud", "sub", "client_id", "jti", "iat", "exp", "generation", "scope"}
+    assert claims.keys() == {"iss", "aud", "sub", "client_id", "jti", "iat", "exp", "key", "generation", "scope"}
     assert claims["scope"] == "jobs:read users:write"
     assert claims["client_id"] == claims["sub"]
 
@@ -237,7 +237,8 @@ def good_header(ring: Ring) -> dict[str, Any]:
 
 def good_claims() -> dict[str, Any]:
     times = {"iat": IAT, "exp": IAT + 600}
-    return {"iss": ISSUER, "aud": AUDIENCE, "sub": "p-1", "jti": "t-1", **times, "generation": 1, "scope": "a b"}
+    names = {"sub": "p-1", "client_id": "p-1", "jti": "t-1"}
+    return {"iss": ISSUER, "aud": AUDIENCE, **names, **times, "key": 1, "generation": 1, "scope": "a b"}
 
 
 def rs256(key: rsa.RSAPrivateKey) -> Callable[[bytes], bytes]:
@@ -361,8 +362,8 @@ GOOD = json.dumps(good_claims())
 EXP = f'"exp": {IAT + 600}'
 EVIL = "https://evil.example"
 
-WITHOUT = {"iat": CRASHES, "exp": CRASHES, "generation": ACCEPTS}
-for claim in ("iss", "aud", "sub", "jti", "iat", "exp", "generation"):
+WITHOUT = {"iat": CRASHES, "exp": CRASHES, "generation": ACCEPTS, "key": ACCEPTS, "client_id": ACCEPTS}
+for claim in ("iss", "aud", "sub", "jti", "iat", "exp", "generation", "key", "client_id"):
     hostile(f"no {claim}", claims(drop=claim), REFUSES if claim == "iss" else ACCEPTS)
     hostile(f"{claim} null", claims(**{claim: None}), WITHOUT.get(claim, REFUSES))
 for claim in ("iss", "aud", "sub", "jti"):
@@ -382,6 +383,11 @@ hostile("scope with line end", claims(scope="a b\n"), ACCEPTS)
 hostile("scope long", claims(scope="a" * 2049), ACCEPTS)
 for generation in (-1, True, "1", 1.0, []):
     hostile(f"generation {generation!r}", claims(generation=generation), ACCEPTS)
+    hostile(f"key {generation!r}", claims(key=generation), ACCEPTS)
+for subject in ("owner-", "owner-0", "owner-01", "owner-1x", "owner-1\n", "owner-٣", "owner-1234567890123456789"):
+    hostile(f"subject {subject!r}", claims(sub=subject), ACCEPTS)
+for cnf in (None, "", [], {}, {"jkt": "x"}, {"x5t#S256": 1}, {"x5t#S256": "AAAA"}, {"x5t#S256": "A" * 43, "jkt": "x"}):
+    hostile(f"cnf {cnf!r}", claims(cnf=cnf), ACCEPTS)
 hostile("nbf", claims(nbf=IAT), ACCEPTS)
 
 hostile("iat in the future", claims(iat=IAT + 31, exp=IAT + 600), ACCEPTS)

@@ -25,6 +25,7 @@ import pytest
 from app.addresses import DomainName
 from app.db import Database, utc_now
 from app.models.domains import DomainKind
+from app.permissions import ROLE_PERMISSIONS, Role
 from app.services.changes import Change
 from app.services.domains import create_domain
 from app.services.hosts import create_host
@@ -178,6 +179,7 @@ def site(sqlite_template: Path, key_directory: Path) -> Iterator[Site]:
         environment = {
             "DATABASE_URL": f"sqlite+aiosqlite:///{directory}/site.db",
             "KEY_DIRECTORY": str(key_directory),
+            "LINK_KEY_FILE": str(key_directory / "link.key"),
             "ISSUER": url,
             "PORT": str(port),
             "WAKE_DIRECTORY": str(directory),
@@ -231,7 +233,7 @@ def test_who_am_i(site: Site) -> None:
         text=True,
         check=True,
     )
-    assert json.loads(done.stdout)["permissions"] == ["users:read", "users:write"]
+    assert json.loads(done.stdout)["permissions"] == sorted(ROLE_PERMISSIONS[Role.WEBSITE])
 
 
 def test_language_of_each_block_is_said() -> None:

@@ -7,9 +7,12 @@ from sqlalchemy import update
 
 from app.db import Database, utc_now
 from app.models.hosts import hosts
+from app.permissions import Role
 from app.queue.claim import Outcome, record
 from app.queue.contracts import ALIASES_SYNC, MAILBOX_SYNC
-from tests.conftest import HOST, PRIMARY
+from app.services.changes import Change
+from app.services.principals import create_principal
+from tests.conftest import ACTOR, HOST, PRIMARY
 
 ALICE = f"alice@{PRIMARY}"
 BOB = f"bob@{PRIMARY}"
@@ -49,3 +52,10 @@ async def apply(database: Database, alias_id: int, version: int, *, host: str = 
 async def turn_srs(database: Database, on: bool) -> None:
     async with database.write.begin() as connection:
         await connection.execute(update(hosts).values(settings={"srs": True} if on else {}))
+
+
+async def credentials_of(database: Database, role: Role, **options: Any) -> httpx.BasicAuth:
+    """Of a new principal with all that its role has."""
+    async with database.write.begin() as connection:
+        made = await create_principal(Change(connection, ACTOR, utc_now()), f"a {role}", role, **options)
+    return httpx.BasicAuth(*made)

@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, Response
 
 from app.main import build_app
+from app.permissions import ROLE_PERMISSIONS, Role
 from tests.web.site import Site, browser, site  # noqa: F401  fixtures
 
 # What a browser test needs once: a page that has rendered every operation.
@@ -43,6 +44,20 @@ def seen(site: Site, browser: Browser) -> Iterator[Seen]:  # noqa: F811
     open_docs(seen.page, site)
     yield seen
     context.close()
+
+
+def test_the_roles_are_in_a_table(seen: Seen) -> None:
+    """Made from ROLE_PERMISSIONS: the page says what the code does."""
+    info = seen.page.locator(".info")
+    info.locator("summary").click()
+    rows = [row.split("\t") for row in info.locator("tr").all_inner_texts()]
+    roles = [cell.strip() for cell in rows[0][1:]]
+    assert roles == list(Role)
+    shown = {
+        Role(role): {cells[0].strip() for cells in rows[1:] if cells[number].strip()}
+        for number, role in enumerate(roles, 1)
+    }
+    assert shown == {role: {str(each) for each in permissions} for role, permissions in ROLE_PERMISSIONS.items()}
 
 
 def open_docs(page: Page, site: Site) -> None:  # noqa: F811

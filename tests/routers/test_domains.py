@@ -11,7 +11,7 @@ from sqlalchemy import select
 from app.addresses import DomainName
 from app.db import Database
 from app.errors import NotFound
-from app.models.audit_events import audit_events
+from app.models.audit_events import Outcome, audit_events
 from app.services.changes import Change
 from app.services.domains import delete_domain
 from tests.conftest import ACTOR, PRIMARY, Clock
@@ -26,8 +26,12 @@ async def add(client: httpx.AsyncClient, name: str = "example.org", **members: A
 
 
 async def events(database: Database) -> list[tuple[str, str]]:
+    """What was done. What was refused is in tests/web/test_audit.py."""
+    done = audit_events.c.outcome == Outcome.ACCEPTED
     async with database.read.connect() as connection:
-        query = select(audit_events.c.action, audit_events.c.subject_id).where(audit_events.c.principal_id != "tests")
+        query = select(audit_events.c.action, audit_events.c.subject_id).where(
+            audit_events.c.principal_id != "tests", done
+        )
         return [(row.action, row.subject_id) for row in await connection.execute(query.order_by(audit_events.c.id))]
 
 

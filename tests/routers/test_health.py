@@ -25,7 +25,10 @@ async def test_without_a_schema_or_a_server_it_lives_and_is_not_able(
     key_directory: Path, scratch: Path, url: str
 ) -> None:
     settings = ApiSettings(
-        database_url=SecretStr(url.format(scratch=scratch)), key_directory=key_directory, wake_directory=scratch
+        database_url=SecretStr(url.format(scratch=scratch)),
+        key_directory=key_directory,
+        link_key_file=key_directory / "link.key",
+        wake_directory=scratch,
     )
     api = create_app(settings)
     async with api.router.lifespan_context(api), anonymous(api) as visitor:

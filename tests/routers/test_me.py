@@ -23,7 +23,9 @@ async def test_it_lists_what_the_client_may_do(
     answer = await (await make_client(**given)).get("/v1/me")
     body = answer.json()
     assert answer.status_code == 200
-    assert body.keys() == {"id", "name", "role", "permissions"}
+    assert body.keys() == {"id", "name", "role", "rank", "permissions", "key_id", "user_id"}
+    assert (body["rank"], body["user_id"]) == (3, None)
+    assert isinstance(body["key_id"], int)
     assert body["id"].startswith("primary-")
     assert (body["name"], body["role"], body["permissions"]) == ("client 0", "primary", listed)
 

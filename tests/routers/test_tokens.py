@@ -47,8 +47,10 @@ async def test_a_grant(client: httpx.AsyncClient, visitor: httpx.AsyncClient, by
     assert answer.headers["pragma"] == "no-cache"
     body = answer.json()
     token = body.pop("access_token")
-    assert body == {"token_type": "Bearer", "expires_in": 600, "scope": ALL}
+    key_id = body.pop("key_id")
+    assert body == {"token_type": "Bearer", "expires_in": 600, "scope": ALL, "role": "primary", "rank": 3}
     me = await visitor.get("/v1/me", headers={"Authorization": f"Bearer {token}"})
+    assert me.json()["key_id"] == key_id
     assert (me.status_code, me.json()["id"]) == (200, client_id)
 
 
@@ -139,5 +141,5 @@ async def test_the_published_keys_alone_verify_a_token(
         "scope": "users:read",
         "iat": now,
         "exp": now + 600,
-        "generation": 1,
+        "generation": 0,
     }

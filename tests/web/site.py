@@ -70,6 +70,8 @@ def site(sqlite_template: Path, key_directory: Path) -> Iterator[Site]:
             [sys.executable, "-m", "app.cli.main", "api"],
             DATABASE_URL=database_url,
             KEY_DIRECTORY=str(key_directory),
+            LINK_KEY_FILE=str(key_directory / "link.key"),
+            PUBLIC_URL=url,
             ISSUER=url,
             PORT=str(port),
             WAKE_DIRECTORY=str(processes.directory),

@@ -2,6 +2,8 @@
 
 import base64
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import httpx
@@ -12,7 +14,7 @@ from fastapi import FastAPI
 from app.db import Database
 from app.permissions import Permission, Role
 from app.services.changes import Change
-from app.services.principals import create_principal, disable_principal, reset_principal_secret
+from app.services.principals import create_principal, disable_principal, rotate_secret
 from tests.conftest import ACTOR, ISSUER, Clock, anonymous
 
 pytestmark = pytest.mark.asyncio
@@ -23,6 +25,10 @@ Credentials = tuple[str, str]
 async def change(database: Database, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
     async with database.write.begin() as connection:
         return await function(Change(connection, ACTOR, Clock().now), *args)
+
+
+new_secret = partial(rotate_secret, overlap=timedelta(0))
+rotate_secret_with_overlap = partial(rotate_secret, overlap=timedelta(days=1))
 
 
 @pytest_asyncio.fixture
@@ -101,7 +107,7 @@ async def test_the_scheme_is_read_in_any_case(
 
 
 @pytest.mark.parametrize("by", ["basic", "token"])
-@pytest.mark.parametrize("ending", [disable_principal, reset_principal_secret])
+@pytest.mark.parametrize("ending", [disable_principal, new_secret])
 async def test_an_ended_client_is_out_within_two_seconds(
     visitor: httpx.AsyncClient,
     seeded: Database,
@@ -125,7 +131,7 @@ async def test_the_new_secret_works_and_makes_tokens_that_work(
     visitor: httpx.AsyncClient, seeded: Database, credentials: Credentials, clock: Clock
 ) -> None:
     old = await token(visitor, credentials)
-    secret = await change(seeded, reset_principal_secret, credentials[0])
+    _, secret = await change(seeded, new_secret, credentials[0])
     clock.forward(seconds=2)
     new = await token(visitor, (credentials[0], secret))
     assert (await visitor.get("/v1/me", headers=new)).status_code == 200
@@ -198,3 +204,14 @@ async def test_a_missing_permission_is_named(make_client: Callable[..., Any]) ->
     assert "www-authenticate" not in answer.headers
     assert (problem["type"], problem["missing"]) == ("/problems/forbidden", "domains:write")
     assert "domains:write" in problem["detail"]
+
+
+async def test_what_is_new_is_believed_at_once(
+    visitor: httpx.AsyncClient, seeded: Database, credentials: Credentials
+) -> None:
+    """The row is remembered for two seconds, and a secret of this moment is not in it."""
+    client_id, old = credentials
+    assert (await visitor.get("/v1/me", headers=basic(client_id, old))).status_code == 200
+    _, new = await change(seeded, rotate_secret_with_overlap, client_id)
+    assert (await visitor.get("/v1/me", headers=basic(client_id, new))).status_code == 200
+    assert (await visitor.get("/v1/me", headers=basic(client_id, old))).status_code == 200
