@@ -4,124 +4,21 @@ A private MariaDB, Postfix and Dovecot, and our three processes as on a mail hos
 Nothing outside two new directories in /dev/shm is touched, and nothing is left. It stays up until Ctrl-C; ONCE=1 ends it.
 """
 
-import asyncio
-import imaplib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from app.cli.db import upgrade_database
-from app.credentials.tokens import create_request_key, create_signing_key
-from app.db import Database, utc_now
-from app.models.domains import DomainKind
-from app.permissions import Role
-from app.services.changes import Actor, Change
-from app.services.domains import create_domain
-from app.services.hosts import create_host
-from app.services.principals import create_principal
+from demo.access import access
+from demo.site import ALICE, BOB, NEW_PASSWORD, PASSWORD, SUCCESSOR_PASSWORD, Ask, Demo, closed, expect, refused
 from tests.stack import missing_packages
-from tests.stack.mail import HOST, PRIMARY_DOMAIN, MailStack
-from tests.stack.mariadb import MariaDB
-from tests.stack.processes import Processes, free_ports
+from tests.stack.mail import PRIMARY_DOMAIN
 
-ALICE, BOB = f"alice@{PRIMARY_DOMAIN}", f"bob@{PRIMARY_DOMAIN}"
 POSTMASTER, PR = f"postmaster@{PRIMARY_DOMAIN}", f"pr@{PRIMARY_DOMAIN}"
-PASSWORD = "seven green lanterns over the harbour"
-SECOND_PASSWORD = "nine quiet otters under the bridge"
-
-
-class Demo:
-    """The running parts, and the clock between two lines of the story."""
-
-    def __init__(self) -> None:
-        self.mariadb, self.mail, self.processes = MariaDB(), MailStack(), Processes()
-        self.url = ""
-        self.credentials = ("", "")
-        self._started = time.perf_counter()
-
-    def start(self) -> None:
-        self.mariadb.start()
-        self.mariadb.create_database(lambda url: asyncio.run(_with(url, upgrade_database)))
-        self.mariadb.apply_grants()
-        self.mail.start(self.mariadb)
-        self.credentials = asyncio.run(_with(self.mariadb.url("api"), _prepare))
-        base = self.processes.directory
-        create_signing_key(base / "keys")
-        create_request_key(base / "keys")
-        [port] = free_ports(1)
-        self.url = f"http://127.0.0.1:{port}"
-        shared = {"WAKE_DIRECTORY": str(base), "LOG_LEVEL": "warning", "PYTHONPATH": str(Path.cwd())}
-        command = [sys.executable, "-m", "app.cli.main"]
-        self.processes.start(
-            [*command, "api"],
-            **shared,
-            DATABASE_URL=self.mariadb.url("api"),
-            PORT=str(port),
-            ISSUER=self.url,
-            KEY_DIRECTORY=str(base / "keys"),
-        )
-        self.processes.start(
-            [*command, "worker"],
-            **shared,
-            DATABASE_URL=self.mariadb.url("worker"),
-            MAIL_HOST=HOST,
-            HOST_ROOT=str(self.mail.host_root),
-            UID_FIRST=str(self.mail.file.uid_first),
-            UID_LAST=str(self.mail.file.uid_last),
-            LOCK_FILE=str(base / "worker.lock"),
-            POSTFIX_CONFIG=str(self.mail.postfix_config),
-            POSTFIX_RECIPIENTS=self.mail.recipients_map,
-            POSTFIX_LOCAL_ALIASES=self.mail.local_aliases_map,
-            POSTFIX_VIRTUAL_ALIASES=self.mail.virtual_aliases_map,
-            ALIASES_DIRECTORY=str(self.mail.aliases),
-            DOVECOT_CONFIG=str(self.mail.dovecot_config),
-        )
-        self.processes.start([*command, "service"], **shared, DATABASE_URL=self.mariadb.url("service"))
-        self._wait_for_api()
-
-    def _wait_for_api(self) -> None:
-        deadline = time.monotonic() + 20
-        with httpx.Client(base_url=self.url, auth=self.credentials, trust_env=False) as client:
-            while time.monotonic() < deadline:
-                try:
-                    if client.get(f"/v1/hosts/{HOST}").json()["started_at"]:
-                        return
-                except (httpx.TransportError, KeyError):
-                    pass
-                time.sleep(0.02)
-        raise RuntimeError("The API or the worker did not start.")
-
-    def close(self) -> None:
-        self.processes.close()
-        self.mail.close()
-        self.mariadb.close()
-
-    def line(self, text: str) -> None:
-        now = time.perf_counter()
-        print(f"{(now - self._started) * 1000:7.0f} ms  {text}", flush=True)
-        self._started = time.perf_counter()
-
-
-async def _with(url: str, function: Callable[[Database], Any]) -> Any:
-    database = Database(url)
-    try:
-        return await function(database)
-    finally:
-        await database.close()
-
-
-async def _prepare(database: Database) -> tuple[str, str]:
-    async with database.write.begin() as connection:
-        change = Change(connection, Actor("cacert-mail", "", "demo"), utc_now())
-        await create_domain(change, PRIMARY_DOMAIN, DomainKind.PRIMARY)
-        await create_host(change, HOST)
-        return await create_principal(change, "Demo", Role.PRIMARY)
 
 
 def tell(demo: Demo) -> None:
@@ -151,33 +48,34 @@ def tell(demo: Demo) -> None:
         expect(subjects(demo, PASSWORD, 1) == ["Welcome"], "the message is not there")
         demo.line("read: the message over IMAPS")
         aliases_and_senders(demo, ask, home)
-        session = demo.mail.imap(ALICE, PASSWORD)
+        access(demo, client, ask)
+        session = demo.mail.imap(ALICE, NEW_PASSWORD)
         ask("PATCH", f"/v1/users/{ALICE}", {"state": "suspended", "suspended_reason": "Lost the phone"})
         expect(closed(session), "the open session goes on")
-        expect(refused(demo, PASSWORD), "the login still works")
+        expect(refused(demo, NEW_PASSWORD), "the login still works")
         demo.line("suspended: the open session is gone, the login refused")
         expect(demo.mail.send(ALICE, "While away", "Hello again.\n") == 250, "mail is not taken")
         demo.mail.wait_for_mail(home, 3)
         demo.line("           mail still arrives")
         ask("PATCH", f"/v1/users/{ALICE}", {"state": "active"})
-        expect(not refused(demo, PASSWORD), "the login is still refused")
+        expect(not refused(demo, NEW_PASSWORD), "the login is still refused")
         demo.line("resumed: the login works again")
         ask("DELETE", f"/v1/users/{ALICE}")
         expect(demo.mail.send(ALICE, "Too late", "Hello?\n") == 550, "mail is still taken")
         demo.line("deleted: mail is refused with 550, the mailbox is archived")
         ask("POST", f"/v1/users/{first['id']}/restore")
-        expect(subjects(demo, PASSWORD, 3) == ["Welcome", "Help", "While away"], "the old mail is not there")
+        expect(subjects(demo, NEW_PASSWORD, 3) == ["Welcome", "Help", "While away"], "the old mail is not there")
         demo.line("restored: the old mail is there")
         ask("DELETE", f"/v1/users/{ALICE}")
-        other = {**new, "display_name": "Another Alice", "password": SECOND_PASSWORD, "reuse_address": True}
+        other = {**new, "display_name": "Another Alice", "password": SUCCESSOR_PASSWORD, "reuse_address": True}
         second = ask("POST", "/v1/users", other)
         expect(second["uid"] != first["uid"], "the uid was given out twice")
-        expect(subjects(demo, SECOND_PASSWORD, 0) == [], "the predecessor's mail is there")
-        expect(refused(demo, PASSWORD), "the predecessor's password works")
+        expect(subjects(demo, SUCCESSOR_PASSWORD, 0) == [], "the predecessor's mail is there")
+        expect(refused(demo, NEW_PASSWORD), "the predecessor's password works")
         demo.line(f"taken by someone else: an empty box, uid {second['uid']}, the old password refused")
 
 
-def aliases_and_senders(demo: Demo, ask: Callable[..., dict[str, Any]], home: Path) -> None:
+def aliases_and_senders(demo: Demo, ask: Ask, home: Path) -> None:
     bob = Path(ask("POST", "/v1/users", {"address": BOB, "password": PASSWORD})["home"])
     ask("POST", "/v1/aliases", {"address": POSTMASTER, "kind": "receive_only", "destinations": [ALICE]})
     expect(demo.mail.send(POSTMASTER, "Help", "Nothing works.\n") == 250, "the alias does not receive")
@@ -209,11 +107,6 @@ def submitted(demo: Demo, login: str, envelope: str, header: str) -> tuple[int, 
         return code, words.decode()
 
 
-def expect(true: bool, otherwise: str) -> None:
-    if not true:
-        raise RuntimeError(otherwise)
-
-
 def subjects(demo: Demo, password: str, count: int) -> list[str]:
     imap = demo.mail.imap(ALICE, password)
     try:
@@ -229,24 +122,6 @@ def subjects(demo: Demo, password: str, count: int) -> list[str]:
         imap.logout()
 
 
-def refused(demo: Demo, password: str) -> bool:
-    try:
-        demo.mail.imap(ALICE, password).logout()
-    except imaplib.IMAP4.error:
-        return True
-    return False
-
-
-def closed(session: imaplib.IMAP4_SSL) -> bool:
-    try:
-        session.noop()
-    except (imaplib.IMAP4.abort, OSError):
-        return True
-    finally:
-        session.shutdown()
-    return False
-
-
 def stay(demo: Demo) -> None:
     ports = demo.mail.settings
     client_id, secret = demo.credentials
@@ -255,7 +130,7 @@ def stay(demo: Demo) -> None:
         f"  API      {demo.url}/docs   client id {client_id}, secret {secret}\n"
         f"  SMTP     127.0.0.1:{ports.smtp_port}   submission 127.0.0.1:{ports.submission_port} and {ports.submissions_port}\n"
         f"  IMAPS    127.0.0.1:{ports.imaps_port}   POP3S 127.0.0.1:{ports.pop3s_port}   (CA: {demo.mail.ca_file})\n"
-        f"  login    {ALICE}, password: {SECOND_PASSWORD}\n"
+        f"  login    {ALICE}, password: {SUCCESSOR_PASSWORD}\n"
         f"  homes    {demo.mail.homes}",
         flush=True,
     )
