@@ -24,8 +24,14 @@ goals are shares of `hello`, taken in the same round; three rounds, of which the
     growth    get, post, list, worker and ready with 1,000 accounts against 100,000: how many times slower (the shares of
               `hello` are compared, where there are any)
 
+    audit     POST /v1/users with the audit trail's INSERT and without it, in turns: what of a write is its share
+
     policy    questions a second of Postfix to one core of the policy process, for logins that are busy; and rspamd's
               question who may write which From
+    auth-policy
+              Dovecot's questions about logins to one API process, with 100,000 wrong passwords on record
+    resets    reset requests of a website for accounts and for addresses that nobody has: how far the medians differ; and from
+              a new password by a link until the account's open IMAP session is closed
     aliases   one alias after another on an idle host with 100 of them: from the job's insert to its end, when Postfix
               answers for it; ten thousand at once: how often the file was made anew; how long that takes for so many lines
     mail      a message on an open submission connection, with rspamd and the policy process, until an open IMAP connection
@@ -43,15 +49,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bench.aliases import measure_aliases
+from bench.audit import measure_audit
+from bench.auth_policy import measure_auth_policy
 from bench.mail import measure_lookups, measure_message
 from bench.measures import QUICK, Http, Ready, Sizes, measure_argon2, measure_http, measure_ready, measure_worker
 from bench.policy import measure_policy
+from bench.resets import measure_confirm, measure_timing
 from bench.system import System, running
 from tests.stack import missing_packages
 
 HTTP = {"get": 20, "post": 7, "list": 5}
 """And the share of `hello`, in percent, that each is to reach."""
-NAMES = ("hello", *HTTP, "argon2", "worker", "ready", "sweep", "growth", "policy", "aliases", "mail")
+NAMES = (
+    *("hello", *HTTP, "argon2", "worker", "ready", "sweep", "growth", "audit"),
+    *("policy", "auth-policy", "resets", "aliases", "mail"),
+)
 GROWTH = 1.5
 RESULTS = Path(__file__).with_name("results.json")
 
@@ -132,11 +144,30 @@ def measure(system: System, wanted: set[str], sizes: Sizes, results: Results) ->
                     f"growth: {name}, {sizes.few} against {sizes.many}", ratio, "times slower", f"<= {GROWTH:g}"
                 )
 
+    if "audit" in wanted:
+        say("audit")
+        cost = measure_audit(system, sizes.seconds / 2)
+        results.add("audit: share of a write", cost.share, "%", "<= 8")
+        results.add("audit: CPU of the API", cost.cpu, "µs/request")
     if "policy" in wanted:
         say("policy")
         policy = measure_policy(system, sizes.seconds)
         results.add("policy: questions of Postfix, one core", policy.rate, "question/s", ">= 5000")
         results.add("policy: From question, p50", policy.from_p50, "ms", "<= 2")
+    if "auth-policy" in wanted:
+        say("auth-policy")
+        logins = measure_auth_policy(system, sizes.seconds)
+        results.add("auth-policy: answers, one process", logins.rate, "answer/s", ">= 1500")
+        results.add("auth-policy: CPU of the API", logins.cpu, "µs/answer")
+        results.add("auth-policy: answers to wrong passwords", logins.guesses, "answer/s")
+    if "resets" in wanted:
+        say("resets")
+        timing = measure_timing(system, sizes.resets)
+        results.add("resets: request for an account, p50", timing.known, "ms")
+        results.add("resets: for none, differs by", timing.difference, "%", "<= 5")
+        with system.worker():
+            closed = measure_confirm(system, sizes.confirms)
+        results.add("resets: confirm to the last session closed, p50", closed, "ms", "<= 150")
     if "aliases" in wanted:
         say("aliases")
         with system.worker():

@@ -16,6 +16,7 @@ from typing import Any
 
 from app.addresses import DomainName, MailAddress
 from app.cli.db import upgrade_database
+from app.credentials.links import create_link_key
 from app.credentials.tokens import create_request_key, create_signing_key
 from app.db import Database, utc_now
 from app.models.domains import DomainKind
@@ -35,6 +36,8 @@ OTHER_DOMAIN = DomainName("other.test")
 PASSWORD_HASH = (
     "{ARGON2ID}$argon2id$v=19$m=65536,t=3,p=1$c29tZXNhbHRzb21lc2FsdA$Z3VyZ2xlZ3VyZ2xlZ3VyZ2xlZ3VyZ2xlZ3VyZ2xl"
 )
+POLICY_KEY = "k" * 40
+"""What Dovecot shows to the API."""
 _ACTOR = Actor("bench", "127.0.0.1", "bench")
 
 _PROOFS = {
@@ -92,6 +95,10 @@ class System:
         self.sockets.mkdir()
         create_signing_key(self.keys)
         create_request_key(self.keys)
+        create_link_key(self.keys / "link.key")
+        self.policy_key = self.keys / "policy-key"
+        self.policy_key.write_text(POLICY_KEY)
+        self.policy_key.chmod(0o600)
         self.client_id, self.secret = asyncio.run(self._populate())
 
     async def _populate(self) -> tuple[str, str]:
@@ -163,7 +170,9 @@ class System:
             **_ENVIRONMENT,
             DATABASE_URL=self.mariadb.url("api"),
             KEY_DIRECTORY=str(self.keys),
+            LINK_KEY_FILE=str(self.keys / "link.key"),
             WAKE_DIRECTORY=str(self.sockets),
+            AUTH_POLICY_KEY_FILE=str(self.policy_key),
             PORT=str(port),
             ISSUER=f"http://127.0.0.1:{port}",
         )
@@ -244,10 +253,10 @@ class Api:
     def __init__(self, port: int, pid: int, token: str) -> None:
         self.port = port
         self.pid = pid
-        self._token = token
+        self.token = token
 
     def request(self, method: str, path: str, body: object = None, **headers: str) -> bytes:
-        lines = [f"{method} {path} HTTP/1.1", f"Host: 127.0.0.1:{self.port}", f"Authorization: Bearer {self._token}"]
+        lines = [f"{method} {path} HTTP/1.1", f"Host: 127.0.0.1:{self.port}", f"Authorization: Bearer {self.token}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         content = b""
         if body is not None:

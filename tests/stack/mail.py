@@ -54,6 +54,9 @@ class MailStack:
     extra = _TEST_ONLY
     """Beyond what a host gets."""
 
+    auth_policy: Mapping[str, str] = {}
+    """`auth_policy_url` and `auth_policy_key` of the host's file."""
+
     def start(self, mariadb: MariaDB, **switches: bool) -> None:
         """`switches` are those of `HostSettings`."""
         self._processes = Processes()
@@ -77,7 +80,7 @@ class MailStack:
         self.returns = base / "returns"
         """Where bounces to returns@ arrive; see `HostFile.returns_maildir`."""
         self.rspamd_log = base / "rspamd.log"
-        own = [base / name for name in ("queue", "data", "rspamd", "rspamd-run", "rspamd-state", "returns")]
+        own = [base / name for name in ("queue", "data", "rspamd", "rspamd-run", "rspamd-state", "returns", "postsrsd")]
         for directory in (self.homes, self.postfix_config, self.dovecot_config.parent, self.aliases, *own):
             directory.mkdir()
         (base / "queue/private").mkdir(mode=0o700)  # before Dovecot wants to listen there
@@ -109,6 +112,8 @@ class MailStack:
             database_socket=mariadb.socket,
             postfix_password=SecretStr(mariadb.passwords["postfix"]),
             dovecot_password=SecretStr(mariadb.passwords["dovecot"]),
+            auth_policy_url=self.auth_policy.get("url"),
+            auth_policy_key=SecretStr(self.auth_policy["key"]) if self.auth_policy else None,
             srs_secret=SecretStr("not-that-secret"),
             homes=self.homes,
             aliases_dir=self.aliases,
@@ -127,8 +132,8 @@ class MailStack:
             rspamd_config_dir=base / "rspamd",
             rspamd_run_dir=base / "rspamd-run",
             rspamd_state_dir=base / "rspamd-state",
-            postsrsd_defaults=base / "postsrsd.defaults",
-            postsrsd_secret_file=base / "postsrsd.secret",
+            postsrsd_defaults=base / "postsrsd/defaults",
+            postsrsd_secret_file=base / "postsrsd/secret",
         )
         self.recipients_map = recipients_map(self.file)
         self.local_aliases_map = local_aliases_map(self.file)
@@ -151,7 +156,7 @@ class MailStack:
         )
         self._dovecot = self._processes.start(["/usr/sbin/dovecot", "-F", "-c", self.dovecot_config])
         if settings.srs:
-            self._start_postsrsd()
+            self.start_postsrsd()
         self.build_aliases("")
         if check.wait() != 0:
             raise RuntimeError(f"postfix check refuses {self.postfix_config}:\n{self.mail_log.read_text()}")
@@ -172,12 +177,14 @@ class MailStack:
         self.wait_for_policy()
         self.tls = ssl.create_default_context(cafile=str(self.ca_file))
 
-    def start_policy(self) -> None:
+    def start_policy(self, from_port: int | None = None) -> None:
+        """On another port for rspamd, if a test listens on the right one itself."""
         command = [sys.executable, "-m", "app.cli.main", "policy"]
-        self.policy = self._processes.start(command, **self._policy_environment)
+        given = {"FROM_PORT": str(from_port)} if from_port else {}
+        self.policy = self._processes.start(command, **self._policy_environment | given)
 
-    def wait_for_policy(self) -> None:
-        for port in (self.settings.policy_port, self.settings.from_port):
+    def wait_for_policy(self, from_port: int | None = None) -> None:
+        for port in (self.settings.policy_port, from_port or self.settings.from_port):
             self._processes.wait_for(self.policy, port, self.mail_log)
 
     def start_rspamd(self) -> None:
@@ -201,13 +208,13 @@ class MailStack:
         """Ends one of the daemons, such as `policy` or `rspamd`."""
         self._processes.stop(process)
 
-    def _start_postsrsd(self) -> None:
+    def start_postsrsd(self) -> None:
         """As Debian's unit does, which reads the file with a shell; but with its own port and directory."""
         launcher = Path("/usr/share/postsrsd/postsrsd-systemd-launcher").read_text()
         script = launcher.replace("/etc/default/postsrsd", str(self.file.postsrsd_defaults))
-        postsrsd = self._processes.start(["/bin/sh", "-c", script])
+        self.postsrsd = self._processes.start(["/bin/sh", "-c", script])
         for port in (self.settings.srs_forward_port, self.settings.srs_reverse_port):
-            self._processes.wait_for(postsrsd, port, self.mail_log)
+            self._processes.wait_for(self.postsrsd, port, self.mail_log)
 
     def build_aliases(self, text: str, *, complaints: bool = False) -> None:
         """The alias file as the worker makes it, but with any text. Raises `RuntimeError` for what postalias(1) dislikes."""
@@ -323,9 +330,9 @@ class MailStack:
             raise
         return client
 
-    def pop3(self, address: str, password: str) -> poplib.POP3_SSL:
+    def pop3(self, address: str, password: str, *, source: str = "127.0.0.1") -> poplib.POP3_SSL:
         """Signed in by POP3S. Raises `poplib.error_proto` when refused."""
-        client = poplib.POP3_SSL("127.0.0.1", self.settings.pop3s_port, context=self.tls, timeout=10)
+        client = _Pop3From(source, self.settings.pop3s_port, self.tls)
         try:
             client.user(address)
             client.pass_(password)
@@ -345,6 +352,18 @@ class _ImapFrom(imaplib.IMAP4_SSL):
     def _create_socket(self, timeout: float | None) -> socket.socket:
         plain = socket.create_connection((self.host, self.port), timeout, (self._source, 0))
         return self._context.wrap_socket(plain, server_hostname=self.host)
+
+
+class _Pop3From(poplib.POP3_SSL):
+    """poplib knows none either."""
+
+    def __init__(self, source: str, port: int, context: ssl.SSLContext) -> None:
+        self._source = source
+        super().__init__("127.0.0.1", port, context=context, timeout=10)
+
+    def _create_socket(self, timeout: float | None) -> socket.socket:
+        plain = socket.create_connection((self.host, self.port), timeout, (self._source, 0))
+        return self.context.wrap_socket(plain, server_hostname=self.host)
 
 
 def write(files: Mapping[str, ConfigFile], directory: Path) -> None:

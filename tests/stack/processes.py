@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -36,8 +37,10 @@ class Processes:
         )
 
     def start(self, argv: Sequence[str | Path], **environment: str) -> subprocess.Popen[bytes]:
-        """Its output goes to `<directory>/<name>.out`: a pipe of ours that a daemon holds keeps a reader waiting."""
-        with (self.directory / f"{Path(argv[0]).name}.out").open("ab") as output:
+        """Its output goes to `<directory>/<name>.out`, of our own processes to `python.out`: a pipe of ours that a daemon
+        holds keeps a reader waiting."""
+        name = "python" if argv[0] == sys.executable else Path(argv[0]).name
+        with (self.directory / f"{name}.out").open("ab") as output:
             process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,

@@ -107,12 +107,10 @@ def test_suspended_account_receives_and_cannot_sign_in(stack: MailStack, account
         stack.imap("alice", PASSWORD)
 
 
-def test_suspending_ends_a_remembered_login(mariadb: MariaDB, stack: MailStack, account: Account) -> None:
+def test_a_suspended_account_opens_nothing_from_then_on(mariadb: MariaDB, stack: MailStack, account: Account) -> None:
     account(f"alice@{PRIMARY_DOMAIN}")
     stack.imap("alice", PASSWORD).logout()
     mariadb.sql("UPDATE users SET state = 'suspended'", "owner")
-    stack.imap("alice", PASSWORD).logout()  # the cache: why the worker has to flush
-    stack.doveadm("auth", "cache", "flush")
     with pytest.raises(imaplib.IMAP4.error, match="AUTHENTICATIONFAILED"):
         stack.imap("alice", PASSWORD)
 
