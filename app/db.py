@@ -6,6 +6,7 @@ Each process has two engines. The writing one opens real transactions: READ COMM
 (deferred, three processes lost 395 of 900 transactions). The reading one is in autocommit, which saves two round trips.
 """
 
+import asyncio
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
@@ -58,6 +59,19 @@ _LOST = {
 
 def utc_now() -> datetime:
     return datetime.now(UTC)
+
+
+async def end_tasks(*tasks: "asyncio.Task[Any]") -> None:
+    """Cancels them until each has ended. What they raised is nobody's concern any more.
+
+    Once is not enough: of a thousand cancellations that meet a statement on its way to MariaDB about six get lost.
+    """
+    left = {task for task in tasks if not task.done()}
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=0.2)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Database:

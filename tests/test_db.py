@@ -1,6 +1,7 @@
 """Engines: what is left of a transaction, and what survives a server that went away."""
 
 import asyncio
+import random
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -12,7 +13,7 @@ from sqlalchemy import insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app.db import Database, duplicate_of, insert_by_driver, is_lost
+from app.db import Database, duplicate_of, end_tasks, insert_by_driver, is_lost
 from app.models.domains import domains
 from tests.conftest import TestDatabase
 from tests.stack.certificates import make_certificates
@@ -207,3 +208,24 @@ async def test_a_ca_file_that_cannot_be_used_is_named(scratch: Path) -> None:
     for file in (missing, empty):
         with pytest.raises(OSError, match=f"^DATABASE_CA_FILE: {file}: .*(No such file|no certificate)"):
             Database("mysql+asyncmy://api:secret@127.0.0.1/cacertusers", ca_file=file)
+
+
+async def test_tasks_end_although_a_cancellation_gets_lost(mariadb: MariaDB) -> None:
+    """Which is not said by anybody: the statement returns as if nothing had happened, and a loop goes on for ever."""
+    database = Database(mariadb.url("api"), pool_size=4)
+    dice = random.Random(20261124)
+
+    async def for_ever() -> None:
+        while True:
+            async with database.read.connect() as connection:
+                await connection.execute(text("SELECT 1"))
+
+    try:
+        for _ in range(600):
+            task = asyncio.create_task(for_ever())
+            await asyncio.sleep(dice.random() * 0.004)
+            async with asyncio.timeout(10):
+                await end_tasks(task)
+            assert task.done()
+    finally:
+        await database.close()

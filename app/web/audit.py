@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.types import Scope
 
-from app.db import Clock, Database, is_busy, reason_of
+from app.db import Clock, Database, end_tasks, is_busy, reason_of
 from app.log import log
 from app.permissions import Principal
 from app.services.audit_events import Refusal, record_refusal
@@ -104,7 +104,7 @@ class Refusals:
 
     async def close(self) -> None:
         if self._flusher is not None:
-            self._flusher.cancel()
+            await end_tasks(self._flusher)
         await self._write(*self._ended(datetime.max.replace(tzinfo=UTC)))
 
     def _admit(self, refusal: Refusal, *, known: bool) -> bool:

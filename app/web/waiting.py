@@ -6,7 +6,7 @@ import contextlib
 from sqlalchemy import select
 from starlette.requests import Request
 
-from app.db import Database
+from app.db import Database, end_tasks
 from app.log import log
 from app.models.jobs import JobState, jobs
 
@@ -85,6 +85,4 @@ class JobWaiter:
 
     async def close(self) -> None:
         if self._poller is not None:
-            self._poller.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._poller
+            await end_tasks(self._poller)

@@ -21,7 +21,7 @@ import structlog
 from sqlalchemy.exc import DBAPIError
 
 from app.config import WorkerSettings
-from app.db import Clock, Database, is_busy, is_lost, reason_of, utc_now
+from app.db import Clock, Database, end_tasks, is_busy, is_lost, reason_of, utc_now
 from app.errors import CacertMailError, Unavailable
 from app.log import log
 from app.models.jobs import JobState
@@ -231,22 +231,16 @@ class Worker:
                 elif not alive or not started[0]:
                     await self._idle(listener, pause)
         finally:
-            for task in (beats, sweeps, follows, stopped):
-                task.cancel()
-            await asyncio.gather(beats, sweeps, follows, stopped, return_exceptions=True)
+            await end_tasks(beats, sweeps, follows, stopped)
             if self.running:
                 await asyncio.wait(list(self.running), timeout=GRACE)
-            for task in list(self.running):
-                task.cancel()
-            await asyncio.gather(*self.running, return_exceptions=True)
+            await end_tasks(*self.running)
 
     async def _idle(self, listener: Listener, pause: float) -> None:
         """Until something wakes us, a job ends (its lane may have a successor waiting), or the poll is due."""
         waking = asyncio.create_task(listener.wait(pause * (0.75 + self._jitter.random() / 2)))
         await asyncio.wait([waking, *self.running], return_when=asyncio.FIRST_COMPLETED)
-        if not waking.done():
-            waking.cancel()
-            await asyncio.gather(waking, return_exceptions=True)
+        await end_tasks(waking)
 
     async def _every(self, seconds: float, what: Callable[[], Awaitable[object]]) -> None:
         while True:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from http import HTTPStatus
 
 from app.config import PolicySettings
-from app.db import Database
+from app.db import Database, end_tasks
 from app.errors import Unavailable
 from app.log import log
 from app.workers.policy.connections import Connections
@@ -113,9 +113,7 @@ class Door:
     async def close(self) -> None:
         if hasattr(self, "_server"):
             self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
 
 
 async def talk_to_postfix(
