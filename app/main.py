@@ -168,9 +168,9 @@ def build_app(settings: ApiSettings | None = None, **options: Any) -> FastAPI:
         **options,
     )
     install(app)
-    for module in (
-        auth_policy,
+    for module in (  # the busiest first: they are looked through in this order
         users,
+        auth_policy,
         summaries,
         locks,
         passwords,

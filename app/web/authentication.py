@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any, TypeVar
 
@@ -217,9 +218,12 @@ def parse_basic(value: str) -> tuple[str, str]:
 
 
 def _from_loopback(request: Request) -> bool:
-    if request.client is None:
-        return True  # a local socket
+    return request.client is None or _is_loopback(request.client.host)  # None: a local socket
+
+
+@lru_cache(maxsize=1000)
+def _is_loopback(address: str) -> bool:
     try:
-        return ip_address(request.client.host).is_loopback
+        return ip_address(address).is_loopback
     except ValueError:
         return False
