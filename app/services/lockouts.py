@@ -57,17 +57,27 @@ def _parse(lockout: str) -> tuple[FailureKind, str, str]:
         raise NotFound("There is no such lockout. GET /v1/lockouts lists them.") from None
 
 
-def _groups(kind: FailureKind, limits: Limits, since: datetime) -> list[Select[Any]]:
-    """By login, by network and by both: each with as many guesses as make it slow, and the guess at which it is refused."""
+def _groups(
+    kind: FailureKind, limits: Limits, since: datetime, login: str | None, network: str | None
+) -> list[Select[Any]]:
+    """By login, by network and by both: each with as many guesses as make it slow, and the guess at which it is refused.
+
+    With `login` or `network` only what is about it: an index finds those rows.
+    """
     counted = and_(_t.kind == kind.value, _t.last_at > since, _t.guess != KNOWN)
+    if login is not None:
+        counted = and_(counted, _t.login == login)
+    if network is not None:
+        counted = and_(counted, _t.network == network)
     here, shared = and_(counted, _t.network != SHARED), and_(counted, _t.network == SHARED)
     both = limits.login or limits.pair
     made = [
         _group(_rows(here, _t.login, _t.network), limits.pair, login=True, network=True),
         _group(_rows(shared, _t.login, _t.network), both, login=True, network=True),
-        _group(_rows(here, _t.network), limits.network, login=False, network=True),
     ]
-    if limits.login is not None:
+    if login is None:
+        made.append(_group(_rows(here, _t.network), limits.network, login=False, network=True))
+    if limits.login is not None and network is None:
         # One guess from two networks is one: the newest row of each.
         guesses = select(
             _t.login,
@@ -119,24 +129,22 @@ async def list_lockouts(
     limit: int,
 ) -> Sequence[Lockout]:
     """By id. `login` and `network` are what the lockout is about, as it shows them."""
-    selects = [select_ for kind, each in limits.items() for select_ in _groups(kind, each, now - window)]
-    found = []
-    for row in await connection.execute(union_all(*selects)):
-        if (login is not None and row.login != login) or (network is not None and row.network != network):
-            continue
-        found.append(
-            Lockout(
-                FailureKind(row.kind),
-                row.login or None,
-                row.network or None,
-                row.guesses,
-                int(row.attempts),
-                row.first_at,
-                row.last_at,
-                row.limit_at + window if row.limit_at is not None else None,
-                row.last_at + window,
-            )
+    since = now - window
+    selects = [select_ for kind, each in limits.items() for select_ in _groups(kind, each, since, login, network)]
+    found = [
+        Lockout(
+            FailureKind(row.kind),
+            row.login or None,
+            row.network or None,
+            row.guesses,
+            int(row.attempts),
+            row.first_at,
+            row.last_at,
+            row.limit_at + window if row.limit_at is not None else None,
+            row.last_at + window,
         )
+        for row in await connection.execute(union_all(*selects))
+    ]
     found.sort(key=lambda lockout: lockout.id)
     return [lockout for lockout in found if after is None or lockout.id > after][:limit]
 
