@@ -60,6 +60,7 @@ class MailStack:
     def start(self, mariadb: MariaDB, **switches: bool) -> None:
         """`switches` are those of `HostSettings`."""
         self._processes = Processes()
+        self._mariadb, self._starts = mariadb, mariadb.starts
         try:
             self._start(mariadb, switches)
         except BaseException:
@@ -236,6 +237,9 @@ class MailStack:
     def empty(self) -> None:
         """No home, no alias file, no queued mail, nothing in Dovecot's cache: for the next test. Rows are
         `MariaDB.empty`'s."""
+        if self._starts != self._mariadb.starts:  # another test, which needs no mail, restarted it
+            self._starts = self._mariadb.starts
+            self.reload()
         self.doveadm("auth", "cache", "flush")
         run(["postsuper", "-c", self.postfix_config, "-d", "ALL"])
         for directory in (*self.homes.iterdir(), *self.returns.iterdir()):

@@ -29,6 +29,9 @@ _DURABLE = ("--innodb-flush-log-at-trx-commit=1", "--innodb-buffer-pool-size=256
 class MariaDB:
     """One server. The order is `start`, `create_database`, `apply_grants`, and `close` at the end."""
 
+    starts = 0
+    """How often it was started: Postfix wants a reload after each."""
+
     def start(self, durable: bool = False) -> None:
         """`durable`: on a disk, and every commit reaches it before it returns, as in production. Else in memory."""
         self._processes = Processes(on_disk=durable)
@@ -124,4 +127,5 @@ class MariaDB:
             ["/usr/sbin/mariadbd", *self._options, *listen, *tls, *other]
         )
         self._processes.wait_for(self._server, self.socket, self.directory / "mariadbd.out")
+        self.starts += 1
         self.sql("DO 1")  # it listens before it serves, and a SIGTERM in between is lost

@@ -197,7 +197,7 @@ def worker_process(
             process.kill()
 
 
-async def stop(process: subprocess.Popen[str], *, seconds: float = 2) -> int:
+async def stop(process: subprocess.Popen[str], *, seconds: float = 15) -> int:
     process.send_signal(signal.SIGTERM)
     return await asyncio.to_thread(process.wait, seconds)
 
