@@ -14,6 +14,7 @@ from app.services.aliases import resync_alias
 from app.services.audit_events import record_event
 from app.services.changes import Change
 from app.services.hosts import resync_host
+from app.services.notices import resend_notice
 from app.services.users import resync_user
 
 
@@ -64,6 +65,8 @@ async def retry_job(change: Change, job_id: int) -> int:
         new_id = await resync_alias(change, job.subject_id, job.host)
     elif job.kind == JobKind.MAILHOST_SYNC:
         new_id = await resync_host(change, job.host)
+    elif job.kind == JobKind.MAIL_SEND:
+        new_id = await resend_notice(change, job.subject_id)
     else:
         new_id = await resync_user(change, job.subject_id)
     owner = job.subject_id if job.kind == JobKind.MAILBOX_SYNC else None

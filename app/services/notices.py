@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from sqlalchemy import insert
+from sqlalchemy import insert, select
 
 from app.db import inserted_id
+from app.errors import NotFound
 from app.models.hosts import SERVICE_HOST
 from app.models.notices import NoticeKind, notices
 from app.queue.contracts import JobKind, mail_lane
@@ -33,7 +34,20 @@ async def queue_notice(
         "created_at": change.now,
     }
     notice_id = inserted_id(await change.connection.execute(_INSERT, values))
-    await enqueue(
+    await _enqueue(change, notice_id)
+    return notice_id
+
+
+async def resend_notice(change: Change, notice_id: int) -> int:
+    """Another job for one that could not be sent. Returns the job's id; raises NotFound when it is no longer kept."""
+    query = select(notices.c.id).where(notices.c.id == notice_id)
+    if (await change.connection.execute(query)).one_or_none() is None:
+        raise NotFound(f"The notice {notice_id} is no longer kept: there is nothing to send.")
+    return await _enqueue(change, notice_id)
+
+
+async def _enqueue(change: Change, notice_id: int) -> int:
+    return await enqueue(
         change.connection,
         JobKind.MAIL_SEND,
         host=SERVICE_HOST,
@@ -43,4 +57,3 @@ async def queue_notice(
         request_id=change.actor.request_id,
         now=change.now,
     )
-    return notice_id

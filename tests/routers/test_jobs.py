@@ -12,7 +12,7 @@ from app.models.audit_events import audit_events
 from app.models.hosts import SERVICE_HOST
 from app.models.jobs import JobState, jobs
 from app.queue.claim import Outcome, claim, finish, give_up
-from app.queue.contracts import MAILBOX_SYNC, JobKind
+from app.queue.contracts import MAIL_SEND, MAILBOX_SYNC, JobKind
 from app.services.jobs import list_jobs
 from tests.conftest import HOST, PRIMARY, Clock, TestDatabase
 
@@ -97,6 +97,23 @@ async def test_a_retry_is_about_the_account_as_it_is_now(client: httpx.AsyncClie
     await work("no")
     await client.patch(f"/v1/users/{user['id']}", json={"display_name": "B"})
     assert (await client.post(f"{user['job']['url']}/retry")).json()["version"] == 2
+
+
+async def test_a_letter_that_was_refused_is_tried_again_as_that_letter(
+    client: httpx.AsyncClient, worker_database: Database, clock: Clock
+) -> None:
+    """And no account that happens to have its number is touched."""
+    body = {"address": f"alice@{PRIMARY}", "contact_address": "alice@example.net", "invite": True}
+    user = (await client.post("/v1/users", json=body)).json()
+    [letter] = await claim(worker_database, SERVICE_HOST, clock(), limit=1, kinds=[MAIL_SEND])
+    assert letter.subject_id == user["id"] == 1
+    await give_up(worker_database, letter, "refused: 550 No such user", clock())
+    new = (await client.post(f"/v1/jobs/{letter.id}/retry")).json()
+    assert (new["kind"], new["host"], new["subject_id"], new["state"]) == (MAIL_SEND, SERVICE_HOST, 1, "ready")
+    assert (await client.get(f"/v1/users/{user['id']}")).json()["job"]["id"] == user["job"]["id"]
+    assert [each.id for each in await claim(worker_database, SERVICE_HOST, clock(), limit=9, kinds=[MAIL_SEND])] == [
+        new["id"]
+    ]
 
 
 async def test_only_a_dead_job_needs_it(client: httpx.AsyncClient, work: Work) -> None:
