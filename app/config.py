@@ -4,7 +4,7 @@ SECURITY: loaded by the worker (root). Reads the environment only: no `.env` fil
 """
 
 import re
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -57,7 +57,35 @@ class Settings(BaseSettings):
     """Where the wake-up sockets lie. The poll behind them makes up for a missing one."""
 
 
-class LinkSettings(Settings):
+class DnsSettings(Settings):
+    """Of whoever asks the DNS."""
+
+    dns_resolvers: str = ""
+    """Addresses, comma-separated, of recursive name servers. Empty: those of /etc/resolv.conf."""
+    dns_port: Annotated[int, Field(ge=1, le=65535)] = 53
+    """Of those, and of the name servers of each zone."""
+    dns_seconds: Annotated[float, Field(gt=0, le=30)] = 3
+    """How long one name server may take."""
+    dkim_retention_days: Annotated[float, Field(ge=0, le=365)] = 7
+    """How long a key that signs no more stays in the DNS, and then once more without its key. Mail is under way for five days
+    at most."""
+
+    @field_validator("dns_resolvers")
+    @classmethod
+    def are_addresses(cls, text: str) -> str:
+        try:
+            for part in filter(None, map(str.strip, text.split(","))):
+                ip_address(part)
+        except ValueError:
+            raise ValueError("takes addresses such as 192.0.2.53, comma between") from None
+        return text
+
+    @property
+    def resolvers(self) -> tuple[str, ...]:
+        return tuple(filter(None, map(str.strip, self.dns_resolvers.split(","))))
+
+
+class LinkSettings(DnsSettings):
     """Of the links that set a password. API and service process must have the same."""
 
     link_key_file: Path = Path("var/keys/link.key")
@@ -214,6 +242,13 @@ class ServiceSettings(LinkSettings):
     """Where those arrive: `returns_maildir` of the mail host. None: nobody reads them."""
     outbox: Path | None = None
     """Mail is written into this directory instead of being sent."""
+    dns_file: Path | None = None
+    """Publishers of DNS records, with their secrets (TOML). None: records are entered by hand."""
+    dns_watch_seconds: Annotated[float, Field(gt=0, le=3600)] = 30
+    """How often the name servers are asked whether a record that is awaited is there."""
+    probe_servers: str = ""
+    """`host=server:port`, comma between: where the service process hands a probe over so that that host signs it. Hosts that
+    are not named get theirs at SMTP_HOST."""
     audit_head_file: Path | None = None
     """The head of the audit trail's chain is appended to it, once a minute, when it changed: best on another machine's disk."""
     audit_head_syslog: Annotated[str, Field(pattern=r"^(/.+|.+:[0-9]{1,5})$")] | None = None

@@ -29,6 +29,12 @@
     │   ├── PasswordUnreadable  the stored password is of a form that only Dovecot can check
     │   ├── TooManyAppPasswords the account has as many as it may have
     │   ├── DomainExists, DomainInUse, PrimaryDomainFixed, HostExists, HostInUse
+    │   ├── DomainIsRelay       another host signs and answers for a relay domain
+    │   ├── DkimKeyExists       the domain has, or had, this selector
+    │   ├── DkimKeySigns        an active key cannot go before another is active
+    │   ├── DkimStepNotNow      not in the key's present state
+    │   ├── RotationUnderWay    another rotation comes first
+    │   ├── SenderExists, TooManyLookups, NoPublisher
     │   ├── PlaceGone           the domain or the host was removed meanwhile
     │   ├── LastPrimary         nobody would be left who may do everything
     │   ├── TooManyKeys         a principal has as many secrets or certificates as it may have
@@ -149,6 +155,30 @@ class DomainInUse(Conflict): ...
 
 
 class PrimaryDomainFixed(Conflict): ...
+
+
+class DomainIsRelay(Conflict): ...
+
+
+class DkimKeyExists(Conflict): ...
+
+
+class DkimKeySigns(Conflict): ...
+
+
+class DkimStepNotNow(Conflict): ...
+
+
+class RotationUnderWay(Conflict): ...
+
+
+class SenderExists(Conflict): ...
+
+
+class TooManyLookups(Conflict): ...
+
+
+class NoPublisher(Conflict): ...
 
 
 class HostExists(Conflict): ...

@@ -33,6 +33,8 @@ class Permission(StrEnum):
     OWNER_TOKENS_WRITE = "owner-tokens:write"
     DOMAINS_READ = "domains:read"
     DOMAINS_WRITE = "domains:write"
+    DKIM_KEYS_READ = "dkim-keys:read"
+    DKIM_KEYS_WRITE = "dkim-keys:write"
     HOSTS_READ = "hosts:read"
     HOSTS_WRITE = "hosts:write"
     ALIASES_READ = "aliases:read"

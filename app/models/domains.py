@@ -2,6 +2,7 @@
 
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 
 import sqlalchemy as sa
 from sqlmodel import Field, SQLModel
@@ -34,6 +35,8 @@ class Domain(SQLModel, table=True):
     """1 for the primary domain, null for all others: the unique index makes a second primary impossible."""
     alias_changes: int = Field(sa_column=sa.Column(sa.Integer(), nullable=False, server_default=sa.text("0")))
     """Of the first row only: raised by every change of what leads to what, so that two such changes are in conflict."""
+    settings: dict[str, Any] = Field(sa_column=sa.Column(sa.JSON(), nullable=False, server_default=sa.text("('{}')")))
+    """What its DNS should say; see `app.dns.settings`. No secret."""
     version: int = Field(sa_column=sa.Column(sa.Integer(), nullable=False))
     created_at: datetime = Field(sa_column=timestamp(nullable=False))
     updated_at: datetime = Field(sa_column=timestamp(nullable=False))

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from app.db import is_busy, is_lost
 from app.errors import Unavailable
 
-REVISION = "2026_11_24_access"
+REVISION = "2026_11_25_dns"
 """The newest revision in `alembic/versions/`."""
 
 _UPGRADE = "run `cacert-mail db upgrade`."

@@ -112,6 +112,12 @@ VIEWS = (
         f"SELECT a.local_part, {_DESTINATION}{_ROUTE} AND d.kind = 'primary' AND a.kind = 'send_as'",
     ),
     View("postfix_virtual_aliases", f"SELECT a.address, {_DESTINATION}{_ROUTE} AND d.kind = 'virtual'"),
+    View(
+        "worker_dkim_keys",
+        "SELECT k.id, d.name AS domain, d.kind AS domain_kind, k.host, k.selector, k.algorithm, k.public_key,"
+        " k.state, k.version"
+        " FROM dkim_keys k JOIN domains d ON d.id = k.domain_id",
+    ),
     View("postfix_own_domains", "SELECT name FROM domains WHERE kind IN ('primary', 'virtual')"),
     View("postfix_senders", _SENDERS),
     View("postfix_logins", f"SELECT u.address AS login, u.host FROM users u {_STANDS} WHERE u.state = 'active'"),

@@ -15,6 +15,12 @@ for all that wait."""
 MAILHOST_SYNC = "mailhost.sync"
 """Make the configuration of this host's programs what `hosts.settings` says. `subject_id` is always `THE_HOST`."""
 
+DKIM_SYNC = "dkim.sync"
+"""Make, keep or delete the private half of the DKIM key `subject_id`, and sign with those keys that are active."""
+
+DNS_PUBLISH = "dns.publish"
+"""Take the DKIM keys of domain `subject_id`, and its other records, a step further. For the service process."""
+
 MAIL_SEND = "mail.send"
 """Send the notice `subject_id` to the account's contact address. For the service process, whose host is `-`."""
 
@@ -23,12 +29,15 @@ class JobKind(StrEnum):
     MAILBOX_SYNC = MAILBOX_SYNC
     ALIASES_SYNC = ALIASES_SYNC
     MAILHOST_SYNC = MAILHOST_SYNC
+    DKIM_SYNC = DKIM_SYNC
+    DNS_PUBLISH = DNS_PUBLISH
     MAIL_SEND = MAIL_SEND
 
 
 ALIASES_LANE = "aliases"
 MAILHOST_LANE = "mailhost"
-"""Addresses all have an @, so neither is a mailbox's."""
+DKIM_LANE = "dkim"
+"""Addresses all have an @, so none of them is a mailbox's."""
 
 THE_HOST = 1
 """What a job and its `applied` name when they are about the host itself: a number, like every subject."""
@@ -37,6 +46,11 @@ THE_HOST = 1
 def mail_lane(notice_id: int) -> str:
     """Each notice has its own: one that cannot be delivered holds up no other."""
     return f"mail:{notice_id}"
+
+
+def dns_lane(domain_id: int) -> str:
+    """Each domain has its own: a name server that does not answer holds up no other."""
+    return f"dns:{domain_id}"
 
 
 def mailbox_lane(address: str) -> str:

@@ -22,6 +22,9 @@ REVOKE ALL PRIVILEGES, GRANT OPTION FROM 'api'@'%', 'worker'@'%', 'service'@'%',
 -- api: writes what should be, asks for work, and never touches its progress.
 GRANT SELECT, INSERT, UPDATE, DELETE ON cacertusers.domains TO 'api'@'%';
 GRANT SELECT, INSERT, UPDATE, DELETE ON cacertusers.hosts TO 'api'@'%';
+GRANT SELECT, INSERT, UPDATE ON cacertusers.dkim_keys TO 'api'@'%';
+GRANT SELECT, INSERT, DELETE ON cacertusers.domain_senders TO 'api'@'%';
+GRANT SELECT ON cacertusers.dns_checks TO 'api'@'%';
 -- DELETE for aliases: a deleted user leaves a tombstone.
 GRANT SELECT, INSERT, UPDATE, DELETE ON cacertusers.addresses TO 'api'@'%';
 GRANT SELECT, INSERT, UPDATE ON cacertusers.aliases TO 'api'@'%';
@@ -49,6 +52,7 @@ GRANT SELECT ON cacertusers.alembic_version TO 'api'@'%';
 GRANT SELECT ON cacertusers.worker_users TO 'worker'@'%';
 GRANT SELECT ON cacertusers.worker_aliases TO 'worker'@'%';
 GRANT SELECT ON cacertusers.worker_alias_destinations TO 'worker'@'%';
+GRANT SELECT ON cacertusers.worker_dkim_keys TO 'worker'@'%';
 GRANT SELECT ON cacertusers.domains TO 'worker'@'%';
 GRANT SELECT ON cacertusers.hosts TO 'worker'@'%';
 GRANT SELECT, UPDATE (state, run_at, attempts, fence, lease_until, running_lane, error, finished_at)
@@ -68,6 +72,10 @@ GRANT SELECT,
     ON cacertusers.service_users TO 'service'@'%';
 GRANT SELECT (id), UPDATE (password_hash) ON cacertusers.service_purged TO 'service'@'%';
 GRANT SELECT ON cacertusers.domains TO 'service'@'%';
+-- It takes keys from state to state, and begins a rotation when its time has come.
+GRANT SELECT, INSERT, UPDATE ON cacertusers.dkim_keys TO 'service'@'%';
+GRANT SELECT ON cacertusers.domain_senders TO 'service'@'%';
+GRANT SELECT, INSERT, UPDATE ON cacertusers.dns_checks TO 'service'@'%';
 GRANT SELECT ON cacertusers.hosts TO 'service'@'%';
 GRANT SELECT ON cacertusers.addresses TO 'service'@'%';
 GRANT SELECT ON cacertusers.applied TO 'service'@'%';

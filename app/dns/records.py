@@ -1,0 +1,89 @@
+"""Which records a mail domain should have. Pure: facts in, records out.
+
+Sources: RFC 1035 (zone files), RFC 7208 (SPF), RFC 6376 and 8463 (DKIM), RFC 7489 (DMARC), RFC 8461 (MTA-STS), RFC 8460
+(TLS-RPT), RFC 6186 and 8314 (SRV).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from app.dns.settings import DomainSettings
+from app.models.dkim_keys import Algorithm
+
+TTL = 3600
+"""Seconds. As long as anybody may go on with an old record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record, or with the same name and type several: a set."""
+
+    name: str
+    """Absolute, lower case, without the final dot."""
+    type: str
+    """`MX`, `TXT`, `SRV`, `CNAME`."""
+    value: str
+    """As people write it: of TXT the whole string without quotes."""
+    ttl: int = TTL
+
+    @property
+    def rdata(self) -> str:
+        """As a zone file has it: of TXT quoted strings of at most 255 octets (RFC 1035, section 3.3.14)."""
+        if self.type != "TXT":
+            return self.value
+        parts = [self.value[at : at + 255] for at in range(0, len(self.value), 255)] or [""]
+        return " ".join(f'"{_escaped(part)}"' for part in parts)
+
+    @property
+    def zone_line(self) -> str:
+        return f"{self.name}. {self.ttl} IN {self.type} {self.rdata}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def dkim_name(selector: str, domain: str) -> str:
+    return f"{selector}._domainkey.{domain}"
+
+
+def dkim_value(algorithm: Algorithm, public_key: str) -> str:
+    """`public_key` empty: revoked (RFC 6376, section 3.6.1)."""
+    return f"v=DKIM1; k={algorithm.family}; p={public_key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a domain should have under one name and type."""
+
+    purpose: str
+    records: tuple[Record, ...]
+
+
+def wanted_records(
+    domain: str, settings: DomainSettings, senders: Sequence[str], keys: Sequence[Record]
+) -> list[Wanted]:
+    """Of a domain whose mailboxes are here. `senders` are mechanisms of SPF, as RFC 7208 has them."""
+    found = []
+    if settings.mx:
+        servers = tuple(Record(domain, "MX", f"{10 * place} {name}.") for place, name in enumerate(settings.mx, 1))
+        found.append(Wanted("mx", servers))
+    found.append(Wanted("spf", (Record(domain, "TXT", " ".join(["v=spf1", "mx", *senders, "-all"])),)))
+    found += [Wanted("dkim", (key,)) for key in keys]
+    reports = f"; rua=mailto:{settings.dmarc_reports}" if settings.dmarc_reports else ""
+    found.append(Wanted("dmarc", (Record(f"_dmarc.{domain}", "TXT", f"v=DMARC1; p={settings.dmarc}{reports}"),)))
+    if settings.tls_reports:
+        value = f"v=TLSRPTv1; rua=mailto:{settings.tls_reports}"
+        found.append(Wanted("tls-rpt", (Record(f"_smtp._tls.{domain}", "TXT", value),)))
+    return found
+
+
+def of_purpose(purpose: str, values: Sequence[str]) -> tuple[str, ...]:
+    """Those of a name's values that matter to it: beside the SPF record a domain may have any other text."""
+    if purpose != "spf":
+        return tuple(values)
+    return tuple(value for value in values if value == "v=spf1" or value.lower().startswith("v=spf1 "))
+
+
+def dkim_record(selector: str, domain: str, algorithm: Algorithm, public_key: str) -> Record:
+    return Record(dkim_name(selector, domain), "TXT", dkim_value(algorithm, public_key))
