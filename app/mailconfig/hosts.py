@@ -122,7 +122,11 @@ class HostFile(BaseModel):
     """All outgoing mail goes there; none for each domain's own MX."""
     relay_port: Port = 25
     dns: bool = True
-    """False: never ask the DNS; only `/etc/hosts` and literal addresses are known."""
+    """False: Postfix never asks the DNS; only `/etc/hosts` and literal addresses are known. Nor does rspamd, which then
+    verifies nothing that comes in, unless `resolver` is set."""
+    resolver: IPv4Address | None = None
+    """The DNS server that rspamd asks; a caching one near by is best. None: those of /etc/resolv.conf."""
+    resolver_port: Port = 53
 
     tls_certificate: HostPath
     """PEM, the chain included."""
@@ -176,6 +180,12 @@ class HostFile(BaseModel):
     rspamd_run_dir: HostPath = Path("/run/rspamd")
     """rspamd's own; Postfix must be able to pass through it."""
     rspamd_state_dir: HostPath = Path("/var/lib/rspamd")
+    dkim_dir: HostPath = Path("/var/lib/cacert-mail/dkim")
+    """The worker's: private DKIM keys, and which of them sign. Root's, and rspamd's group may read; it must be able to pass
+    through what is above, which it may not do in /etc/cacert-mail."""
+    public_suffixes: HostPath = Path("/usr/share/rspamd/effective_tld_names.dat")
+    """Under which names people register domains (publicsuffix.org), for DMARC. Debian's costs rspamd seconds at each start, and
+    some 200 MB; a shorter one is wrong about the domains that it does not name."""
     postsrsd_defaults: HostPath = Path("/etc/cacert-mail/postsrsd/defaults")
     """/etc/default/postsrsd is a link to it, since the worker may not write there."""
     postsrsd_secret_file: HostPath = Path("/etc/cacert-mail/postsrsd/secret")
@@ -185,6 +195,11 @@ class HostFile(BaseModel):
         if (self.auth_policy_url is None) != (self.auth_policy_key is None):
             raise ValueError("auth_policy_url and auth_policy_key go together")
         return self
+
+    @property
+    def verifies(self) -> bool:
+        """Whether what comes in is looked at: without the DNS there is nothing to look at."""
+        return self.dns or self.resolver is not None
 
     @model_validator(mode="after")
     def _uids_ascend(self) -> Self:

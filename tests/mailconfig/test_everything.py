@@ -35,6 +35,8 @@ def test_absolute_paths_of_debian(file: HostFile) -> None:
         "dovecot-sql.conf.ext",
         "rspamd.conf",
         "from.lua",
+        "dkim.lua",
+        "incoming.lua",
     }
     assert not [path for path, made in files.items() if not made.text.startswith(("# Made by", "-- Made by"))]
 
@@ -96,7 +98,13 @@ def test_secrets_are_for_those_who_need_them(file: HostFile) -> None:
 
 
 def test_rspamd_accepts_it(tmp_path: Path) -> None:
-    file = host_file(tmp_path, rspamd_config_dir=tmp_path, rspamd_run_dir=tmp_path, rspamd_state_dir=tmp_path)
+    """With all that it can hold."""
+    (tmp_path / "suffixes").write_text("test\n")
+    places = {f"rspamd_{name}_dir": tmp_path for name in ("config", "run", "state")}
+    networks = ("192.0.2.0/24", "2001:db8::/32")
+    file = host_file(
+        tmp_path, **places, public_suffixes=tmp_path / "suffixes", trusted_networks=networks, resolver="127.0.0.1"
+    )
     for path, made in render_all(HostSettings(message_size_limit=2**30), file, DOMAIN).items():
         if path.parent == tmp_path:
             path.write_text(made.text)
@@ -105,7 +113,22 @@ def test_rspamd_accepts_it(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "syntax OK\n", "no symbol groups defined\n")
     shown = subprocess.run(["rspamadm", "configdump", "-c", main], capture_output=True, text=True, check=True).stdout
     assert "11334" not in shown
-    assert "dkim" not in shown
+    assert "dkim_signing" not in shown
+    assert 'map_add_from_ucl({ "192.0.2.0/24", "2001:db8::/32" }' in (tmp_path / "dkim.lua").read_text()
+
+
+def test_nothing_is_verified_without_the_dns(file: HostFile) -> None:
+    for changed, verifies in (({"dns": False}, False), ({"dns": False, "resolver": "127.0.0.1"}, True), ({}, True)):
+        files = render_all(HostSettings(), HostFile.model_validate(file.model_dump() | changed), DOMAIN)
+        main = files[Path("/etc/rspamd/rspamd.conf")].text
+        assert (Path("/etc/rspamd/incoming.lua") in files) is verifies
+        assert ("incoming.lua" in main) is ("spf.lua" in main) is ("effective_tld_names" in main) is verifies
+
+
+def test_nobody_is_signed_for_by_the_class_of_an_address(file: HostFile) -> None:
+    text = render_all(HostSettings(), file, DOMAIN)[Path("/etc/rspamd/dkim.lua")].text
+    assert "local NETWORKS = nil" in text
+    assert "lua_maps" not in text
 
 
 def test_rspamd_listens_on_its_socket_only(file: HostFile) -> None:

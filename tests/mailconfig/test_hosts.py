@@ -25,7 +25,7 @@ def test_minimal_file_means_debian() -> None:
     file = HostFile(**MINIMAL)
     assert file.trusted_networks == ()
     assert str(file.homes) == "/home"
-    assert len(PATHS) == 22
+    assert len(PATHS) == 24
 
 
 @pytest.mark.parametrize("special", HOSTILE)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from email.message import EmailMessage
 from email.policy import SMTP
 from email.utils import make_msgid
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -25,6 +25,7 @@ from app.mailconfig.hosts import HostFile, HostSettings
 from app.mailconfig.postfix import local_aliases_map, recipients_map, virtual_aliases_map
 from app.mailconfig.rendering import ConfigFile
 from app.mailconfig.rspamd import milter_socket
+from app.workers.host.dkim_files import begin_table
 from tests.stack.certificates import make_certificates
 from tests.stack.mariadb import MariaDB
 from tests.stack.processes import Processes, free_ports, run, wait_until
@@ -57,6 +58,12 @@ class MailStack:
     auth_policy: Mapping[str, str] = {}
     """`auth_policy_url` and `auth_policy_key` of the host's file."""
 
+    resolver_port: int | None = None
+    """Of the DNS server on 127.0.0.1 that rspamd asks. None: it verifies nothing."""
+
+    networks: tuple[str, ...] = ()
+    """`trusted_networks` of the host's file."""
+
     def start(self, mariadb: MariaDB, **switches: bool) -> None:
         """`switches` are those of `HostSettings`."""
         self._processes = Processes()
@@ -81,6 +88,8 @@ class MailStack:
         self.returns = base / "returns"
         """Where bounces to returns@ arrive; see `HostFile.returns_maildir`."""
         self.rspamd_log = base / "rspamd.log"
+        self.dkim = base / "dkim"
+        """Private keys and the list of those that sign: the worker's; empty at first."""
         own = [base / name for name in ("queue", "data", "rspamd", "rspamd-run", "rspamd-state", "returns", "postsrsd")]
         for directory in (self.homes, self.postfix_config, self.dovecot_config.parent, self.aliases, *own):
             directory.mkdir()
@@ -95,6 +104,8 @@ class MailStack:
         (base / "data").chmod(0o700)
         self.returns.chmod(0o700)
         os.chown(self.returns, RETURNS_UID, RETURNS_UID)
+        begin_table(self.dkim)
+        (base / "suffixes").write_text("test\norg\n")  # the world's would take rspamd seconds at each start
         self.rspamd_log.touch()
         shutil.chown(self.rspamd_log, "_rspamd")
 
@@ -108,6 +119,9 @@ class MailStack:
             relay_host=IPv4Address("127.0.0.1"),  # mail to elsewhere goes to `relay_port`, or stays in the queue
             relay_port=self.relay_port,
             dns=False,
+            resolver=IPv4Address("127.0.0.1") if self.resolver_port else None,
+            resolver_port=self.resolver_port or 53,
+            trusted_networks=tuple(map(IPv4Network, self.networks)),
             tls_certificate=base / "cert.pem",
             tls_key=base / "key.pem",
             database_socket=mariadb.socket,
@@ -133,6 +147,8 @@ class MailStack:
             rspamd_config_dir=base / "rspamd",
             rspamd_run_dir=base / "rspamd-run",
             rspamd_state_dir=base / "rspamd-state",
+            dkim_dir=self.dkim,
+            public_suffixes=base / "suffixes",
             postsrsd_defaults=base / "postsrsd/defaults",
             postsrsd_secret_file=base / "postsrsd/secret",
         )

@@ -385,6 +385,37 @@ def write_file(dir_fd: int, name: str, data: bytes, mode: int, *, gid: int = -1,
         os.fsync(dir_fd)
 
 
+def write_new_file(dir_fd: int, name: str, data: bytes, mode: int, *, gid: int, durable: bool = True) -> None:
+    """Put a file there in one step, which nothing ever replaces: FileExistsError if anything has the name."""
+    beside = f".{name}"
+    write_file(dir_fd, beside, data, mode, gid=gid, durable=durable)
+    try:
+        _move(dir_fd, beside, dir_fd, name)
+    except OSError:
+        with suppress(FileNotFoundError):
+            os.unlink(beside, dir_fd=dir_fd)
+        raise
+    if durable:
+        os.fsync(dir_fd)
+
+
+def sync_directory(dir_fd: int) -> None:
+    """So that what was removed stays so after a power cut."""
+    os.fsync(dir_fd)
+
+
+@contextmanager
+def open_group_directory(path: Path, gid: int) -> Iterator[int]:
+    """As `open_own_directory`, but this group alone may look into it: mode 0750."""
+    with open_own_directory(path) as fd:
+        status = os.fstat(fd)
+        if status.st_gid != gid:
+            os.fchown(fd, -1, gid)
+        if stat.S_IMODE(status.st_mode) != 0o750:
+            os.fchmod(fd, 0o750)
+        yield fd
+
+
 @contextmanager
 def open_own_directory(path: Path, *, make: bool = True) -> Iterator[int]:
     """A directory of the worker's own outside the homes; its last part is made, mode 0755, when it is missing.
@@ -486,10 +517,11 @@ def file_status(path: Path) -> FileStatus | None:
         if error.errno == errno.ELOOP:
             raise UnsafePath(f"{path} is a symbolic link.") from error
         raise
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(fd)
+        raise UnsafePath(f"{path} is not a file.")
     with os.fdopen(fd, "rb") as file:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise UnsafePath(f"{path} is not a file.")
         return FileStatus(file.read(), stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
 
 

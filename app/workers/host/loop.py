@@ -2,7 +2,7 @@
 
 SECURITY: runs as root with CAP_CHOWN, DAC_OVERRIDE, FOWNER, SETUID, SETGID and KILL. Talks to the database, as its user
 `worker`, and to this host's own programs; to nothing else. Loads nothing of the web side. Its input are the queue's ids and
-the views `worker_users` and `worker_aliases`; it writes through `handlers`, `rows` and `queue.claim` alone.
+the views `worker_users`, `worker_aliases` and `worker_dkim_keys`; it writes through `handlers`, `rows` and `queue.claim` alone.
 """
 
 import asyncio
@@ -39,12 +39,13 @@ from app.queue.claim import (
     retry,
     take_back,
 )
-from app.queue.contracts import ALIASES_LANE, ALIASES_SYNC, JobKind
+from app.queue.contracts import ALIASES_LANE, ALIASES_SYNC, DKIM_LANE, DKIM_SYNC, JobKind
 from app.queue.wake import Listener
 from app.workers.host.adopted import AdoptedHomes
 from app.workers.host.commands import CommandFailed, Commands
 from app.workers.host.fs import FlockHeld, HostError, hold_lock, open_homes
 from app.workers.host.handlers.aliases import follow_accounts, sync_aliases
+from app.workers.host.handlers.dkim import sync_dkim_key
 from app.workers.host.handlers.mailhost import sync_mailhost
 from app.workers.host.handlers.users import GiveUp, Host, TryAgain, sync_mailbox
 from app.workers.host.rows import write_status
@@ -56,9 +57,12 @@ HANDLERS: dict[str, Callable[[Host, int], Awaitable[Outcome | list[End]]]] = {
     JobKind.MAILBOX_SYNC.value: sync_mailbox,
     JobKind.ALIASES_SYNC.value: sync_aliases,
     JobKind.MAILHOST_SYNC.value: sync_mailhost,
+    JobKind.DKIM_SYNC.value: sync_dkim_key,
 }
 """All that root does when it is asked to. A job of another kind is never claimed. Where one run does for all jobs that wait
 in a lane, it returns an end for each."""
+
+_ONE_LANE = {ALIASES_SYNC: ALIASES_LANE, DKIM_SYNC: DKIM_LANE}
 
 HEARTBEAT = timedelta(seconds=15)
 BUSY_TRIES = 5
@@ -84,10 +88,10 @@ class Worker:
         """Within this process: a repair of the sweep and a job never work on the same lane at once.
 
         Nor on the same subject: a job's lane is what the API wrote, and could name another for the same account. Of
-        alias jobs, which all write one file, what it wrote is not asked at all.
+        alias jobs, which all write one file, what it wrote is not asked at all; nor of DKIM jobs, which all write one list.
         """
-        if kind == ALIASES_SYNC:
-            async with self._lock(f"lane {ALIASES_LANE}"):
+        if kind in _ONE_LANE:
+            async with self._lock(f"lane {_ONE_LANE[kind]}"):
                 yield
             return
         async with self._lock(f"lane {name}"), self._lock(f"subject {kind} {subject_id}"):

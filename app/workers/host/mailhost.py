@@ -2,8 +2,8 @@
 
 SECURITY: runs as root, in the worker and behind `cacert-mail mailhost`. Takes `hosts.settings` from a row that an attacker may
 have written: the model checks it again. Everything else comes from the host's own file, which root alone writes. It writes
-only the files that `render_all` names, beside and then renamed, after the programs' own checkers have seen them, and keeps
-what was there; through the programs it makes Postfix, Dovecot and rspamd read them.
+only the files that `render_all` names, and at first an empty list of DKIM keys; beside and then renamed, after the programs'
+own checkers have seen them. It keeps what was there, and through the programs makes Postfix, Dovecot and rspamd read them.
 """
 
 import asyncio
@@ -30,6 +30,7 @@ from app.mailconfig.everything import render_all
 from app.mailconfig.hosts import HostFile, HostSettings
 from app.mailconfig.rendering import ConfigFile
 from app.workers.host.commands import run
+from app.workers.host.dkim_files import begin_table
 from app.workers.host.fs import (
     FileStatus,
     HostError,
@@ -188,6 +189,7 @@ async def install(wanted: Wanted, now: datetime) -> list[Difference]:
     if not changed:
         return []
     await check(wanted)
+    begin_table(wanted.file.dkim_dir)
     cut_off = is_due(wanted)
     with open_own_directory(wanted.file.state_dir) as state:
         write_file(state, DUE, b"", 0o600)

@@ -1,8 +1,8 @@
 """What the worker reads from and writes to the database, besides the queue.
 
-SECURITY: runs in the worker (root). Reads `worker_users` and `worker_aliases`, views without any secret, and believes none
-of it: every name is parsed again here, and a row that does not parse is refused. Writes `applied` and `host_status`, of
-its own host.
+SECURITY: runs in the worker (root). Reads `worker_users`, `worker_aliases` and `worker_dkim_keys`, views without any secret,
+and believes none of it: every name is parsed again here, and a row that does not parse is refused. Writes `applied` and
+`host_status`, of its own host.
 """
 
 from collections.abc import Collection, Sequence
@@ -13,16 +13,17 @@ from typing import Any
 from sqlalchemy import Row, Select, and_, column, insert, select, table, update
 from sqlalchemy.exc import IntegrityError
 
-from app.addresses import DomainName, LocalPart, MailAddress
+from app.addresses import DomainName, LocalPart, MailAddress, Selector
 from app.db import Database, duplicate_of
 from app.errors import BadAddress
 from app.models.aliases import AliasKind
+from app.models.dkim_keys import Algorithm, DkimState
 from app.models.domains import DomainKind, domains
 from app.models.hosts import host_status, hosts
 from app.models.jobs import JobState, applied, jobs
 from app.models.users import UserState
 from app.queue.claim import Outcome, record
-from app.queue.contracts import ALIASES_SYNC, MAILBOX_SYNC
+from app.queue.contracts import ALIASES_SYNC, DKIM_SYNC, MAILBOX_SYNC
 from app.workers.host.alias_file import parse_destination, parse_name
 from app.workers.host.fs import Home
 
@@ -266,12 +267,106 @@ async def read_aliases(database: Database) -> Aliases:
 
 async def read_present_aliases(database: Database, host: str, ids: Collection[int] | None = None) -> dict[int, Present]:
     """What was made true of these aliases, or of all."""
-    query = select(applied).where(applied.c.host == host, applied.c.kind == ALIASES_SYNC)
+    return await _read_present(database, host, ALIASES_SYNC, ids)
+
+
+async def _read_present(database: Database, host: str, kind: str, ids: Collection[int] | None) -> dict[int, Present]:
+    query = select(applied).where(applied.c.host == host, applied.c.kind == kind)
     if ids is not None and len(ids) <= 500:
         query = query.where(applied.c.subject_id.in_(ids))
     async with database.read.connect() as connection:
         rows = (await connection.execute(query)).all()
     return {row.subject_id: Present(row.version, row.stands, row.proofs, row.result) for row in rows}
+
+
+_dkim_view: Any = table(
+    "worker_dkim_keys",
+    *map(column, ("id", "domain", "domain_kind", "host", "selector", "algorithm", "public_key", "state", "version")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DkimKey:
+    """A DKIM key of this host."""
+
+    id: int
+    domain: DomainName
+    selector: Selector
+    algorithm: Algorithm
+    public_key: str | None
+    """What the API side takes its public half to be."""
+    state: DkimState
+    version: int
+
+    @property
+    def name(self) -> str:
+        """Its name in the DNS (RFC 6376, section 3.6.2.1), and of its file: no selector has an underscore in it."""
+        return f"{self.selector}._domainkey.{self.domain}"
+
+
+@dataclass(frozen=True, slots=True)
+class DkimKeys:
+    """All of this host, removed ones too."""
+
+    rows: dict[int, DkimKey | BadRow]
+    version: int
+    """The sum of all versions. Rows are never deleted and versions never fall, so it rises with every change."""
+
+
+def parse_dkim_key(row: Row[Any]) -> DkimKey:
+    """Raises BadRow for anything that must become neither the name of a file nor a line of the list of keys."""
+    try:
+        key = DkimKey(
+            row.id,
+            DomainName(row.domain),
+            Selector(row.selector),
+            Algorithm(row.algorithm),
+            row.public_key,
+            DkimState(row.state),
+            row.version,
+        )
+        kind = DomainKind(row.domain_kind)
+        possible = 0 < row.id < 2**31 and 1 <= row.version < 2**31
+    except (BadAddress, ValueError, TypeError, AttributeError) as error:
+        raise BadRow(f"DKIM key {row.id!r} has a domain, selector, algorithm or state that is none: {error}") from None
+    if (key.domain, key.selector) != (row.domain, row.selector):
+        raise BadRow(f"The names of DKIM key {key.id} are not stored in lower case.")
+    if kind is DomainKind.RELAY:
+        raise BadRow(f"DKIM key {key.id} is of {key.domain}, whose mail another host sends.")
+    if len(key.name) > MAX_DKIM_NAME:
+        raise BadRow(f"The name of DKIM key {key.id} has more than {MAX_DKIM_NAME} characters.")
+    if not possible:
+        raise BadRow(f"DKIM key {key.id} has an impossible id or version.")
+    return key
+
+
+MAX_DKIM_NAME = 240
+"""So that a file can have it; a name in the DNS may have 253."""
+
+
+async def read_dkim_keys(database: Database, host: str) -> DkimKeys:
+    async with database.read.connect() as connection:
+        query = select(_dkim_view).where(_dkim_view.c.host == host).order_by(_dkim_view.c.id)
+        found = (await connection.execute(query)).all()
+    rows: dict[int, DkimKey | BadRow] = {}
+    names: dict[str, int] = {}
+    version = 0
+    for row in found:
+        version += row.version if isinstance(row.version, int) and row.version > 0 else 0
+        try:
+            key = rows[row.id] = parse_dkim_key(row)
+            if (first := names.setdefault(key.name, key.id)) != key.id:
+                rows[row.id] = BadRow(f"DKIM key {key.id} has the selector of key {first}, {key.name}.")
+        except BadRow as error:
+            rows[row.id] = error
+    return DkimKeys(rows, version)
+
+
+async def read_present_dkim_keys(
+    database: Database, host: str, ids: Collection[int] | None = None
+) -> dict[int, Present]:
+    """What was made true of these DKIM keys, or of all."""
+    return await _read_present(database, host, DKIM_SYNC, ids)
 
 
 async def at_work(database: Database, host: str, kind: str) -> set[int]:

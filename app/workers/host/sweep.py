@@ -17,11 +17,21 @@ from app.log import log
 from app.mailconfig.hosts import HostFileError, load_host_file
 from app.models.users import UserState
 from app.queue.claim import Outcome, record_all
-from app.queue.contracts import ALIASES_LANE, ALIASES_SYNC, MAILBOX_SYNC, MAILHOST_LANE, MAILHOST_SYNC, THE_HOST
+from app.queue.contracts import (
+    ALIASES_LANE,
+    ALIASES_SYNC,
+    DKIM_LANE,
+    DKIM_SYNC,
+    MAILBOX_SYNC,
+    MAILHOST_LANE,
+    MAILHOST_SYNC,
+    THE_HOST,
+)
 from app.workers.host import mailhost
 from app.workers.host.commands import CommandFailed, DovecotUser, NotConfigured
 from app.workers.host.fs import HostError, has_archive, list_archives, list_homes, owner_in_place
 from app.workers.host.handlers.aliases import compare_map, ensure_file, make_plan, make_true, prove
+from app.workers.host.handlers.dkim import compare_keys, ensure_table, own_file, sync_dkim_key
 from app.workers.host.handlers.mailhost import sync_mailhost
 from app.workers.host.handlers.users import (
     GiveUp,
@@ -46,7 +56,9 @@ from app.workers.host.rows import (
     primary_domain,
     read_aliases,
     read_batch,
+    read_dkim_keys,
     read_present_aliases,
+    read_present_dkim_keys,
     write_applied,
     write_status,
 )
@@ -116,6 +128,8 @@ async def sweep(host: Host, lane: Lane, *, dry_run: bool = False) -> Report:
         await _aliases(host, report, dry_run=dry_run)
     await _strangers(host, report)
     if host.host_file is not None:
+        async with lane(DKIM_LANE, 0, DKIM_SYNC):
+            await _dkim(host, report, dry_run=dry_run)
         async with lane(MAILHOST_LANE, THE_HOST, MAILHOST_SYNC):
             await _mailhost(host, host.host_file, report, dry_run=dry_run)
     if not dry_run:
@@ -311,6 +325,38 @@ async def _repair_aliases(
         else:
             report.repaired += 1
             report.note(f"alias {alias_id}: {why}: repaired")
+
+
+async def _dkim(host: Host, report: Report, *, dry_run: bool) -> None:
+    """The files of DKIM keys, the list of those that sign, and what rspamd does. A key that is gone is told, and the others are
+    seen to all the same."""
+    busy = await at_work(host.database, host.name, DKIM_SYNC)
+    keys = await read_dkim_keys(host.database, host.name)
+    present = await read_present_dkim_keys(host.database, host.name)
+    try:
+        found = await compare_keys(host, own_file(host), keys, present)
+    except (HostError, OSError, GiveUp) as error:
+        _strange(report, f"dkim: {error}")
+        return
+    for key_id, why in sorted(found.items()):
+        if key_id in busy or (key_id == 0 and busy):
+            continue
+        report.differ += 1
+        what = f"DKIM key {key_id}: {why}" if key_id else why
+        try:
+            if dry_run or isinstance(keys.rows.get(key_id), BadRow):
+                raise TryAgain
+            if key_id:
+                outcome = await sync_dkim_key(host, key_id)
+                await record_all(host.database, host.name, DKIM_SYNC, {key_id: outcome}, host.clock())
+            else:
+                await ensure_table(host)
+        except (TryAgain, GiveUp) as error:
+            report.left += 1
+            report.note(what + (f": {error}" if str(error) and str(error) != why else ""))
+        else:
+            report.repaired += 1
+            report.note(f"{what}: repaired")
 
 
 async def _mailhost(host: Host, host_file: Path, report: Report, *, dry_run: bool) -> None:
