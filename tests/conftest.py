@@ -166,6 +166,9 @@ def settings(test_database: TestDatabase, key_directory: Path, scratch: Path) ->
         issuer=ISSUER,
         wake_directory=scratch,
         database_pool=10,
+        dns_resolvers="127.0.0.1",  # nobody is there: what tests ask must not leave the machine
+        dns_port=9,
+        dns_seconds=0.1,
     )
 
 

@@ -31,6 +31,8 @@ take_over = typer.Typer(help="Take over what an old host has, through the API.",
 cli.add_typer(take_over, name="import")
 mail_host = typer.Typer(help="The configuration of Postfix, Dovecot and rspamd on this host.", no_args_is_help=True)
 cli.add_typer(mail_host, name="mailhost")
+dkim = typer.Typer(help="DKIM keys on this host.", no_args_is_help=True)
+cli.add_typer(dkim, name="dkim")
 audit = typer.Typer(help="The audit trail, and the chain over it.", no_args_is_help=True)
 cli.add_typer(audit, name="audit")
 
@@ -392,6 +394,34 @@ def install_mailhost() -> None:
     from app.cli.mailhost import install
 
     install()
+
+
+@dkim.command("adopt")
+def adopt_dkim_key(
+    domain: Annotated[str, typer.Option(help="The domain that it signs.")],
+    selector: Annotated[str, typer.Option(help="The selector under which the DNS has it, such as `mail`.")],
+    key: Annotated[Path, typer.Option(help="The private key, in PEM. It is copied, and stays where it is.")],
+    apply: Annotated[bool, typer.Option("--apply", help="Do it. Without: only say what would be done.")] = False,
+) -> None:
+    """Take over a DKIM key that signs already, so that no signature changes. Refused unless the DNS has exactly this key. Run
+    it as root on the mail host."""
+    import httpx
+
+    from app.addresses import DomainName, Selector
+    from app.cli.dkim import adopt
+    from app.errors import BadAddress, CacertMailError
+    from app.workers.host.fs import HostError
+
+    try:
+        where = DomainName(domain), Selector(selector)
+    except BadAddress as error:
+        raise stop(error.detail, 2) from None
+    try:
+        typer.echo(adopt(*where, key, apply=apply))
+    except CacertMailError as error:
+        raise stop(error.detail) from None
+    except (HostError, OSError, httpx.HTTPError) as error:
+        raise stop(str(error)) from None
 
 
 @take_over.command("users")

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from app.addresses import DomainName
+from app.dns.settings import DomainSettings
 from app.models.domains import DomainKind
 from app.routers.shapes import (
     CHANGED,
@@ -38,6 +39,7 @@ class DomainBody(BaseModel):
     kind: DomainKind
     ready: bool = Field(description="It has what every domain with mail must have.")
     missing: list[str] = Field(description="What it lacks: `postmaster` and `abuse` must be somebody's (RFC 2142).")
+    settings: DomainSettings = Field(description="What its DNS should say, the defaults too.")
     version: int
     created_at: datetime
     updated_at: datetime
@@ -47,6 +49,7 @@ class DomainBody(BaseModel):
         return DomainBody.model_construct(
             ready=not missing,
             missing=missing,
+            settings=service.domain_settings(row.settings),
             id=row.id,
             name=row.name,
             kind=DomainKind(row.kind),
@@ -68,6 +71,16 @@ class NewDomainBody(BaseModel):
 
     name: DomainName
     kind: DomainKind = DomainKind.VIRTUAL
+
+
+class ChangedDomainBody(BaseModel):
+    """Only what is sent is changed."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"settings": {"rotate_every_days": 180, "dmarc": "reject"}}]}
+    )
+
+    settings: dict[str, Any] = Field({}, description="Single settings; null: the default again.")
 
 
 async def _answer(call: Call, name: str | int, *, created: bool = False) -> Response:
@@ -115,6 +128,20 @@ async def list_domains(
 )
 async def get_domain(domain: Name, call: CanReadDomains) -> Response:
     """Whether mailboxes are here (`primary`, `virtual`) or mail is passed on (`relay`)."""
+    return await _answer(call, domain)
+
+
+@router.patch(
+    "/{domain}",
+    response_model=DomainBody,
+    summary="Change what the DNS of a domain should say",
+    responses={**NOT_FOUND, **CONFLICT, **CHANGED},
+    openapi_extra=takes(IF_MATCH),
+)
+async def change_domain(domain: Name, body: ChangedDomainBody, call: CanWriteDomains) -> Response:
+    """Who publishes it, how often DKIM keys rotate, MX, DMARC, MTA-STS and reports. Name and kind never change."""
+    version = expected_version(call.request)
+    await call.write(service.change_domain, domain, body.model_dump(), expected_version=version)
     return await _answer(call, domain)
 
 

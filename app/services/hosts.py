@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from app.db import duplicate_of, is_reference
 from app.errors import BadField, HostExists, HostInUse, HostNotChosen, NotFound, VersionConflict
 from app.mailconfig.hosts import HostSettings
+from app.models.dkim_keys import DkimState, dkim_keys
 from app.models.hosts import host_status, hosts
 from app.models.jobs import JobRow, JobState, applied, jobs
 from app.queue.contracts import MAILHOST_LANE, THE_HOST, JobKind
@@ -164,7 +165,7 @@ async def _enqueue(change: Change, name: str, version: int) -> int:
 
 
 async def delete_host(change: Change, name: str, *, expected_version: int | None = None) -> None:
-    """Only one that never had a mailbox. Raises HostInUse and VersionConflict.
+    """Only one that never had a mailbox, and has no DKIM key. Raises HostInUse and VersionConflict.
 
     Its jobs, and what its worker reported, stay: only the worker's side may take them away. See `_first_version`.
     """
@@ -173,6 +174,10 @@ async def delete_host(change: Change, name: str, *, expected_version: int | None
         raise _missing(name)
     if expected_version is not None and row.version != expected_version:
         raise VersionConflict(f"The host is at version {row.version}, not {expected_version}.", version=row.version)
+    # Whoever makes a key holds the host's row meanwhile.
+    query = select(dkim_keys.c.id).where(dkim_keys.c.host == name, dkim_keys.c.state != DkimState.REMOVED).limit(1)
+    if (await change.connection.execute(query)).first() is not None:
+        raise HostInUse(f"{name} has DKIM keys that are not removed. Disable it instead: PATCH enabled to false.")
     try:
         await change.connection.execute(delete(hosts).where(hosts.c.name == name))
     except IntegrityError as error:

@@ -13,6 +13,8 @@ from app.queue.contracts import JobKind
 from app.services.aliases import resync_alias
 from app.services.audit_events import record_event
 from app.services.changes import Change
+from app.services.dkim_keys import resync_dkim_key
+from app.services.domains import publish_domain
 from app.services.hosts import resync_host
 from app.services.notices import resend_notice
 from app.services.users import resync_user
@@ -65,6 +67,10 @@ async def retry_job(change: Change, job_id: int) -> int:
         new_id = await resync_alias(change, job.subject_id, job.host)
     elif job.kind == JobKind.MAILHOST_SYNC:
         new_id = await resync_host(change, job.host)
+    elif job.kind == JobKind.DKIM_SYNC:
+        new_id = await resync_dkim_key(change, job.subject_id)
+    elif job.kind == JobKind.DNS_PUBLISH:
+        new_id = await publish_domain(change, job.subject_id)
     elif job.kind == JobKind.MAIL_SEND:
         new_id = await resend_notice(change, job.subject_id)
     else:

@@ -104,7 +104,7 @@ def create_the_example_account(page: Page) -> Response:
 
 
 def test_all_is_there_no_path_is_filled_in_and_nothing_comes_from_elsewhere(site: Site, seen: Seen) -> None:  # noqa: F811
-    seen.page.set_default_timeout(120_000)  # all of it is drawn at once
+    seen.page.set_default_timeout(300_000)  # all of it is drawn at once
     document = build_app().openapi()
     wanted = {operation["operationId"] for path in document["paths"].values() for operation in path.values()}
     shown = seen.page.locator(OPERATIONS).evaluate_all("all => all.map(one => one.id)")

@@ -10,11 +10,16 @@ from sqlalchemy import select
 
 from app.addresses import DomainName
 from app.db import Database
+from app.dns.settings import DomainSettings
 from app.errors import NotFound
 from app.models.audit_events import Outcome, audit_events
+from app.models.hosts import SERVICE_HOST
+from app.models.jobs import jobs
+from app.queue.claim import claim, give_up
+from app.queue.contracts import DNS_PUBLISH
 from app.services.changes import Change
 from app.services.domains import delete_domain
-from tests.conftest import ACTOR, PRIMARY, Clock
+from tests.conftest import ACTOR, PRIMARY, Clock, TestDatabase
 
 pytestmark = pytest.mark.asyncio
 
@@ -214,3 +219,94 @@ async def test_a_deletion_may_ask_for_a_version(client: httpx.AsyncClient) -> No
     url = made.headers["location"]
     assert (await client.delete(url, headers={"If-Match": '"99.0"'})).status_code == 412
     assert (await client.delete(url, headers={"If-Match": made.headers["etag"]})).status_code == 204
+
+
+async def patch(client: httpx.AsyncClient, name: str = PRIMARY, **settings: Any) -> httpx.Response:
+    return await client.patch(f"/v1/domains/{name}", json={"settings": settings})
+
+
+async def test_settings_are_merged_and_null_is_the_default_again(client: httpx.AsyncClient, seeded: Database) -> None:
+    before = (await client.get(f"/v1/domains/{PRIMARY}")).json()
+    assert before["settings"] == DomainSettings().model_dump(mode="json")
+    first = await patch(client, dmarc="reject", mx=["MX1.example.net", "mx2.example.net"], rotate_every_days=180)
+    assert (first.status_code, first.json()["version"], first.json()["ready"]) == (200, 2, before["ready"])
+    changed = {"dmarc": "reject", "mx": ["mx1.example.net", "mx2.example.net"], "rotate_every_days": 180}
+    assert first.json()["settings"] == {**before["settings"], **changed}
+    second = await patch(client, dmarc=None, dmarc_reports="Reports@example.net")
+    after = {"mx": changed["mx"], "rotate_every_days": 180, "dmarc_reports": "Reports@example.net"}
+    assert second.json()["settings"] == {**before["settings"], **after}
+    assert (await client.get(f"/v1/domains/{PRIMARY}")).json() == second.json()
+    same = await patch(client, dmarc="none", rotate_every_days=180)
+    assert same.json()["version"] == 3, "what is so already is no change"
+    async with seeded.read.connect() as connection:
+        query = select(jobs.c.host, jobs.c.kind, jobs.c.lane, jobs.c.subject_id, jobs.c.version).order_by(jobs.c.id)
+        asked = [tuple(row) for row in await connection.execute(query)]
+        query = select(audit_events.c.before, audit_events.c.after).where(audit_events.c.action == "domains.change")
+        trail = [tuple(row) for row in await connection.execute(query.order_by(audit_events.c.id))]
+    assert asked == [("-", "dns.publish", "dns:1", 1, version) for version in (2, 3)]
+    assert trail == [({"settings": {}}, {"settings": changed}), ({"settings": changed}, {"settings": after})]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "pointer"),
+    [
+        ({"colour": "blue"}, "/settings/colour"),
+        ({"a/b~c": 1}, "/settings/a~1b~0c"),
+        ({"publisher": "../x"}, "/settings/publisher"),
+        ({"publisher": "Knot"}, "/settings/publisher"),
+        ({"rotate_every_days": 6}, "/settings/rotate_every_days"),
+        ({"mx": ["mx1.example.net", "mx\n.example.net"]}, "/settings/mx/1"),
+        ({"dmarc": "none; rua=mailto:x@example.net"}, "/settings/dmarc"),
+        ({"dmarc_reports": "x@example.net; p=none"}, "/settings/dmarc_reports"),
+        ({"tls_reports": "https://example.net"}, "/settings/tls_reports"),
+    ],
+)
+async def test_a_setting_that_cannot_be_is_named(
+    client: httpx.AsyncClient, wanted: dict[str, Any], pointer: str
+) -> None:
+    answer = await patch(client, **{"tls_reports": "x@example.net", **wanted})
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, pointer), answer.text
+    shown = (await client.get(f"/v1/domains/{PRIMARY}")).json()
+    assert (shown["version"], shown["settings"]["tls_reports"]) == (1, None)
+
+
+async def test_only_settings_change(client: httpx.AsyncClient) -> None:
+    for bad in ({"name": "x.test"}, {"kind": "relay"}, {"settings": None}, {"settings": []}, {"version": 2}):
+        assert (await client.patch(f"/v1/domains/{PRIMARY}", json=bad)).status_code == 422, bad
+    assert (await client.patch("/v1/domains/none.test", json={"settings": {"dmarc": "reject"}})).status_code == 404
+    assert (await client.patch(f"/v1/domains/{PRIMARY}", json={})).json()["version"] == 1
+
+
+async def test_a_relay_has_no_dns_of_ours(client: httpx.AsyncClient) -> None:
+    await add(client, kind="relay")
+    answer = await patch(client, "example.org", dmarc="reject")
+    assert (answer.status_code, answer.json()["type"]) == (409, "/problems/domain-is-relay")
+
+
+async def test_if_match_protects_the_settings(client: httpx.AsyncClient) -> None:
+    tag = (await client.get(f"/v1/domains/{PRIMARY}")).headers["etag"]
+    url, headers = f"/v1/domains/{PRIMARY}", {"If-Match": tag}
+    assert (await client.patch(url, json={"settings": {"dmarc": "reject"}}, headers=headers)).status_code == 200
+    late = await client.patch(url, json={"settings": {"dmarc": "quarantine"}}, headers=headers)
+    assert (late.status_code, late.json()["type"], late.json()["version"]) == (412, "/problems/version-conflict", 2)
+
+
+async def test_ten_changes_at_once_are_ten_versions(client: httpx.AsyncClient) -> None:
+    answers = await asyncio.gather(*(patch(client, rotate_every_days=7 + number) for number in range(10)))
+    made = [answer for answer in answers if answer.status_code == 200]
+    shown = (await client.get(f"/v1/domains/{PRIMARY}")).json()
+    assert shown["version"] == 1 + len(made)
+    assert len(made) >= 1
+
+
+async def test_a_dead_publication_is_tried_again(
+    client: httpx.AsyncClient, test_database: TestDatabase, clock: Clock
+) -> None:
+    await patch(client, dmarc="reject")
+    service = Database(test_database.url("service"))
+    [job] = await claim(service, SERVICE_HOST, clock(), limit=1, kinds=[DNS_PUBLISH])
+    await give_up(service, job, "no such publisher", clock())
+    await service.close()
+    retried = (await client.post(f"/v1/jobs/{job.id}/retry")).json()
+    assert (retried["kind"], retried["host"], retried["subject_id"]) == ("dns.publish", SERVICE_HOST, 1)
+    assert (retried["state"], retried["version"]) == ("ready", 2)

@@ -75,6 +75,9 @@ def site(sqlite_template: Path, key_directory: Path) -> Iterator[Site]:
             ISSUER=url,
             PORT=str(port),
             WAKE_DIRECTORY=str(processes.directory),
+            DNS_RESOLVERS="127.0.0.1",  # nobody is there: what is asked must not leave the machine
+            DNS_PORT="9",
+            DNS_SECONDS="0.2",
         )
         (processes.directory / "host").mkdir()
         processes.start(

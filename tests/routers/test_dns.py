@@ -1,0 +1,94 @@
+"""Which records a domain should have, and what real name servers answer."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import dns.zone
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from app.dns.records import Record
+from tests.conftest import PRIMARY
+from tests.routers.name_servers import SERVERS, NameServers
+
+pytestmark = pytest.mark.asyncio
+
+URL = f"/v1/domains/{PRIMARY}/dns"
+
+
+@pytest.fixture(scope="module")
+def zone() -> Iterator[NameServers]:
+    servers = NameServers(PRIMARY)
+    yield servers
+    servers.close()
+
+
+@pytest.fixture
+def asking(api: FastAPI, zone: NameServers) -> None:
+    known = {"dns_resolvers": SERVERS["ns1"], "dns_port": zone.port, "dns_seconds": 1}
+    service = api.state.service
+    api.state.service = replace(service, settings=service.settings.model_copy(update=known))
+
+
+async def fill(client: httpx.AsyncClient) -> None:
+    settings = {
+        "mx": ["mx1.example.net", "mx2.example.net"],
+        "dmarc": "reject",
+        "dmarc_reports": "d@example.net",
+        "tls_reports": "t@example.net",
+    }
+    assert (await client.patch(f"/v1/domains/{PRIMARY}", json={"settings": settings})).status_code == 200
+    for sender in ({"kind": "ip4", "value": "192.0.2.0/24"}, {"kind": "include", "value": "spf.example.net"}):
+        assert (await client.post(f"/v1/domains/{PRIMARY}/senders", json={**sender, "note": "x"})).status_code == 201
+
+
+async def test_the_zone_text_is_one_that_a_name_server_takes(client: httpx.AsyncClient) -> None:
+    await fill(client)
+    answer = await client.get(f"{URL}?format=zone")
+    assert answer.headers["content-type"].startswith("text/plain")
+    parsed = dns.zone.from_text(answer.text, origin=f"{PRIMARY}.", check_origin=False)
+    found = {(str(name), rdata.to_text()) for name, _, rdata in parsed.iterate_rdatas()}
+    assert found == {
+        ("@", "10 mx1.example.net."),
+        ("@", "20 mx2.example.net."),
+        ("@", '"v=spf1 mx ip4:192.0.2.0/24 include:spf.example.net -all"'),
+        ("_dmarc", '"v=DMARC1; p=reject; rua=mailto:d@example.net"'),
+        ("_smtp._tls", '"v=TLSRPTv1; rua=mailto:t@example.net"'),
+    }
+
+
+@pytest.mark.usefixtures("asking")
+async def test_each_record_says_whether_it_is_live_and_why_not(client: httpx.AsyncClient, zone: NameServers) -> None:
+    first = (await client.get(URL)).json()
+    assert [record["purpose"] for record in first["records"]] == ["spf", "dmarc"]
+    assert first["servers"] == ["ns1." + PRIMARY + " (127.0.0.31)", "ns2." + PRIMARY + " (127.0.0.32)"]
+    assert not first["ok"]
+    assert all("ns1" in record["problem"] and not record["ok"] for record in first["records"])
+    for record in first["records"]:
+        zone.enter("ns1", Record(record["name"], "TXT", record["values"][0]), record["name"])
+    lagging = (await client.get(URL)).json()
+    assert all("ns2" in record["problem"] for record in lagging["records"])
+    for record in first["records"]:
+        zone.enter("ns2", Record(record["name"], "TXT", record["values"][0]), record["name"])
+    whole = (await client.get(URL)).json()
+    assert (whole["ok"], [record["problem"] for record in whole["records"]]) == (True, [None, None])
+    zone.add("ns2", Record(PRIMARY, "TXT", "site-verification=4711"))
+    assert (await client.get(URL)).json()["ok"], "other texts are none of our business"
+    zone.add("ns2", Record(PRIMARY, "TXT", "v=spf1 -all"))
+    two = (await client.get(URL)).json()
+    assert (two["ok"], two["records"][0]["ok"]) == (False, False), "two SPF records are an error (RFC 7208, 4.5)"
+
+
+async def test_name_servers_that_cannot_be_found_are_a_problem_and_no_error(client: httpx.AsyncClient) -> None:
+    answer = await client.get(URL)
+    assert answer.status_code == 200
+    assert not answer.json()["ok"]
+    assert all(record["problem"] for record in answer.json()["records"])
+
+
+async def test_a_relay_and_an_unknown_domain(client: httpx.AsyncClient) -> None:
+    await client.post("/v1/domains", json={"name": "relay.test", "kind": "relay"})
+    answer = await client.get("/v1/domains/relay.test/dns")
+    assert (answer.status_code, answer.json()["type"]) == (409, "/problems/domain-is-relay")
+    assert (await client.get("/v1/domains/none.test/dns")).status_code == 404
