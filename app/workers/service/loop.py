@@ -28,6 +28,7 @@ from app.services.login_failures import lapsed
 from app.services.users import API, SERVICE, Rights, due_for_purge, purge_user
 from app.workers.service.audit_chain import Chain
 from app.workers.service.bounces import Returns
+from app.workers.service.dkim import Keys
 from app.workers.service.mail import ATTEMPTS, Postman
 
 KEEP_KEYS = timedelta(hours=24)
@@ -72,6 +73,7 @@ async def run_service(settings: ServiceSettings, *, clock: Clock = utc_now) -> N
                 await listener.wait(settings.poll_seconds * (0.75 + random.random() / 2))  # noqa: S311  spreads polls
     finally:
         stopped.cancel()
+        await parts.keys.close()
         listener.close()
         await database.close()
         log.info("service_stopped")
@@ -87,6 +89,7 @@ class Parts:
         self.postman = Postman(database, settings, key, _rights(database), clock)
         self.returns = None if settings.returns_maildir is None else Returns(settings.returns_maildir, key)
         self.chain = Chain(database, settings)
+        self.keys = Keys(database, settings, key, clock)
         self._tidied_at: datetime | None = None
         self._said = ""
 
@@ -101,6 +104,7 @@ class Parts:
         more = await self.postman.send_due(stopping)
         await run_due(self.database, self.settings, self.clock())
         await self.chain.extend(self.clock())
+        self.keys.begin_round()
         await self._read_returns()
         return more
 
