@@ -92,25 +92,28 @@ class NameServers:
                 continue
         raise AssertionError("knotd does not answer")
 
-    def enter(self, server: str, record: Record | None, name: str) -> None:
-        """In place of what is there."""
-        update = dns.update.UpdateMessage(
-            self.zone, keyring=dns.tsigkeyring.from_text(dict([self.tsig])), keyalgorithm="hmac-sha256."
-        )
-        update.delete(f"{name}.", "TXT")
-        if record is not None:
-            update.add(f"{record.name}.", record.ttl, "TXT", record.rdata)
+    def update(self) -> dns.update.UpdateMessage:
+        """An empty one, which will be signed."""
+        keyring = dns.tsigkeyring.from_text(dict([self.tsig]))
+        return dns.update.UpdateMessage(self.zone, keyring=keyring, keyalgorithm="hmac-sha256.")
+
+    def send(self, server: str, update: dns.update.UpdateMessage) -> None:
         response = dns.query.tcp(update, SERVERS[server], port=self.port, timeout=5)
         assert response.rcode() == 0, response
 
+    def enter(self, server: str, record: Record | None, name: str) -> None:
+        """In place of what is there."""
+        update = self.update()
+        update.delete(f"{name}.", "TXT")
+        if record is not None:
+            update.add(f"{record.name}.", record.ttl, "TXT", record.rdata)
+        self.send(server, update)
+
     def add(self, server: str, record: Record) -> None:
         """Beside what is there."""
-        update = dns.update.UpdateMessage(
-            self.zone, keyring=dns.tsigkeyring.from_text(dict([self.tsig])), keyalgorithm="hmac-sha256."
-        )
+        update = self.update()
         update.add(f"{record.name}.", record.ttl, "TXT", record.rdata)
-        response = dns.query.tcp(update, SERVERS[server], port=self.port, timeout=5)
-        assert response.rcode() == 0, response
+        self.send(server, update)
 
     def stop(self, server: str) -> None:
         self.processes.stop(self.running[server], signal.SIGKILL)
