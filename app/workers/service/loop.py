@@ -58,6 +58,7 @@ async def run_service(settings: ServiceSettings, *, clock: Clock = utc_now) -> N
         while not stopping.is_set():
             try:
                 more = await parts.round(stopping)
+                parts.keys.begin_round()
             except Exception as error:  # whatever it is, the next round tries again
                 more = False
                 if not is_lost(error):
@@ -104,7 +105,6 @@ class Parts:
         more = await self.postman.send_due(stopping)
         await run_due(self.database, self.settings, self.clock())
         await self.chain.extend(self.clock())
-        self.keys.begin_round()
         await self._read_returns()
         return more
 
