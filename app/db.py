@@ -70,7 +70,8 @@ async def end_tasks(*tasks: "asyncio.Task[Any]") -> None:
     while left:
         for task in left:
             task.cancel()
-        _, left = await asyncio.wait(left, timeout=0.2)
+        # Seconds: whoever is giving a connection back is not to be cut off in that as well.
+        _, left = await asyncio.wait(left, timeout=2)
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
