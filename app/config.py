@@ -126,7 +126,7 @@ class ApiSettings(LinkSettings):
     app_passwords_max: Annotated[int, Field(ge=0, le=100)] = 20
     """How many app passwords an account may have at once."""
     trusted_proxies: str = ""
-    """Addresses, comma-separated, of reverse proxies whose X-Forwarded-For and X-Forwarded-Proto count."""
+    """Addresses or networks, comma-separated, of reverse proxies whose X-Forwarded-For and X-Forwarded-Proto count."""
     certificate_proxies: str = ""
     """Networks, comma-separated, of proxies that hand on the client certificate of their TLS connection. From anywhere else
     its header is refused."""
@@ -151,7 +151,7 @@ class ApiSettings(LinkSettings):
     auth_policy_networks: str = "127.0.0.0/8, ::1/128"
     """Networks, comma-separated, of the mail hosts, from which Dovecot may ask."""
 
-    @field_validator("shared_sources", "auth_policy_networks", "certificate_proxies")
+    @field_validator("shared_sources", "auth_policy_networks", "certificate_proxies", "trusted_proxies")
     @classmethod
     def are_networks(cls, text: str) -> str:
         networks(text)

@@ -246,23 +246,27 @@ def _check_role_has(role: Role, permissions: Collection[Permission]) -> None:
         raise BadField(f"The role {role} does not have all of these permissions.", field="permissions")
 
 
+_PROGRAMS = (Role.WEBSITE, Role.WEBMAIL)
+
+
 async def _check_gift(change: Change, caller: Principal, role: Role, values: Mapping[str, Any]) -> None:
     """Nobody gives what they do not have, also not by a token that was narrowed.
 
-    Whoever may write principals in turn gets no wider networks and no longer life than the giver has: else a restriction
-    would be got rid of by making another principal. A website may be given a network that its administrator does not have.
+    Nor does anybody give wider networks and a longer life than their own: else a restriction would be got rid of by making
+    another principal. The programs of others are an exception: a website may be given a network that its administrator does
+    not have, as long as it cannot make principals in turn.
     """
     given = granted(role, values["permissions"])
     if lacked := sorted(given - caller.permissions):
         raise Forbidden(f"Nobody gives what they do not have: you lack {', '.join(lacked)}.", missing=lacked[0])
-    if Permission.PRINCIPALS_WRITE not in given:
+    if role in _PROGRAMS and Permission.PRINCIPALS_WRITE not in given:
         return
     own = (await change.connection.execute(select(principals).where(principals.c.id == caller.id))).one()
     if not _no_wider(values["networks"], own.networks):
-        raise OwnRights("Who may write principals calls from your own networks, or fewer.", field="networks")
+        raise OwnRights("Whom you make calls from your own networks, or fewer.", field="networks")
     if not _no_later(values["expires_at"], own.expires_at):
         raise OwnRights(
-            f"Who may write principals expires when you do, or before: {own.expires_at}.", field="expires_at"
+            f"Whom you make expires when you do, or before: {own.expires_at}.", field="expires_at"
         )
 
 

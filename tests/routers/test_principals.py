@@ -519,9 +519,14 @@ async def test_a_narrowed_token_gives_no_more_than_it_has(caller: Make) -> None:
 async def test_a_restriction_is_not_got_rid_of_by_a_puppet(caller: Make, clock: Clock) -> None:
     soon = clock.now + timedelta(days=1)
     admin = await caller(Role.PRIMARY, networks=["127.0.0.0/24"], expires_at=soon)
-    for members in ({}, {"networks": ["127.0.0.1"]}, {"expires_at": soon.isoformat()}):
-        answer = await create(admin, "primary", "Puppet", **members)
-        assert (answer.status_code, answer.json()["type"]) == (403, "/problems/own-rights"), answer.text
+    for role in ("primary", "secondary", "limited", "auditor"):
+        for members in ({}, {"networks": ["127.0.0.1"]}, {"expires_at": soon.isoformat()}):
+            for narrowed in ({}, {"permissions": ["users:read"]} if role != "limited" else {}):
+                answer = await create(admin, role, "Puppet", **members, **narrowed)
+                assert (answer.status_code, answer.json()["type"]) == (403, "/problems/own-rights"), answer.text
+    everywhere = await caller(Role.PRIMARY, [Permission.USERS_READ])
+    answer = await admin.post(f"/v1/principals/{me(everywhere)}/rotate", json={"overlap_seconds": 0})
+    assert (answer.status_code, answer.json()["type"]) == (403, "/problems/own-rights"), answer.text
     fine = await new(admin, "primary", "Colleague", networks=["127.0.0.7"], expires_at=soon.isoformat())
     wider = await admin.patch(f"/v1/principals/{fine['id']}", json={"networks": None})
     assert wider.status_code == 403

@@ -308,3 +308,10 @@ async def test_a_proxy_that_is_no_network_is_a_wrong_setting() -> None:
 
 def basic(client_id: str, secret: str) -> str:
     return "Basic " + base64.b64encode(f"{client_id}:{secret}".encode()).decode()
+
+
+@pytest.mark.parametrize("member", ["trusted_proxies", "certificate_proxies", "shared_sources", "auth_policy_networks"])
+async def test_everybody_is_no_proxy(member: str) -> None:
+    """With `*` every client would choose its own address."""
+    with pytest.raises(ValidationError):
+        ApiSettings.model_validate({member: "*"})

@@ -36,6 +36,12 @@ local function read()
   return all.domains
 end
 
+-- The processes are forked after this: each begins with the file as it was then, whatever becomes of it before its first message.
+local whole, first = pcall(read)
+if whole then
+  domains = first
+end
+
 local function wait(task, why)
   rspamd_logger.errx(task, "%s: not signed: %s", NAME, why)
   task:set_pre_result("soft reject", "It cannot be signed now. Try again later.", NAME)
