@@ -13,7 +13,7 @@ from app.errors import Forbidden, LinkNotValid
 from app.models.login_failures import FailureKind
 from app.models.password_resets import Delivery, ResetKind
 from app.permissions import Permission, Principal, Role
-from app.routers.passwords import PasswordSetBody, answer_password_set, new_hash
+from app.routers.passwords import PasswordSetBody, answer_password_set, new_hash, unknown_login
 from app.routers.shapes import (
     CONFLICT,
     IDEMPOTENCY_KEY,
@@ -153,10 +153,11 @@ async def create_password_reset(body: NewResetBody, call: CanRequestResets) -> R
             missing = Permission.RESETS_WRITE
             raise Forbidden(f"To be shown a link needs the permission {missing}.", missing=missing.value)
         # By the account alone: the caller is a service, and its own network says nothing about who asked it.
-        await call.service.throttle.check(FailureKind.RESET, str(key), "")
-        await call.service.throttle.failed(FailureKind.RESET, str(key), "", "")
+        await call.service.throttle.count_request(await _login(call, key))
         await call.write(service.request_reset_unseen, key, terms, reason=body.reason)
         return _no_store(answer(call, {"accepted": True, "minutes": settings.reset_minutes}, status=202))
+    # A count of its own: what strangers ask of a website does not keep an administrator from helping.
+    await call.service.throttle.count_request(f"{call.principal.id} {await _login(call, key)}")
     reset_id = await call.write(service.request_reset, key, terms, reason=body.reason, deliver=body.deliver)
     record = await call.read(service.get_reset, reset_id, call.service.clock())
     link = None
@@ -164,6 +165,11 @@ async def create_password_reset(body: NewResetBody, call: CanRequestResets) -> R
         link = settings.link(link_token(terms.key, reset_id))
     location = f"/v1/password-resets/{reset_id}"
     return _no_store(answer(call, _body(record, call, link), status=202, location=location))
+
+
+async def _login(call: Call, key: MailAddress | int) -> str:
+    """The account's address, however it was named, for the same work where there is none."""
+    return await call.read(service.find_address, key) or unknown_login(key)
 
 
 @router.get("/{reset}", response_model=ResetBody, summary="Look what became of a link", responses=NOT_FOUND)
@@ -211,12 +217,11 @@ async def confirm_password_reset(body: ConfirmBody, request: Request) -> Respons
     """
     ours: Service = request.app.state.service
     client = request.client.host if request.client else ""
-    await ours.throttle.check(FailureKind.RESET, "", client)
     hashed = token_hash(body.token.get_secret_value())
-    link = await ours.database.reading(service.find_link, hashed, ours.clock())
-    if link is None:
-        await ours.throttle.failed(FailureKind.RESET, "", client, "")
-        raise LinkNotValid(NOT_VALID)
+    async with ours.throttle.guessing(FailureKind.RESET, "", client, hashed):
+        link = await ours.database.reading(service.find_link, hashed, ours.clock())
+        if link is None:
+            raise LinkNotValid(NOT_VALID)
     owner = Principal(f"owner-{link.user_id}", link.address, Role.OWNER, frozenset(), None, link.user_id)
     call = Call(request, owner, ours)
     password_hash = await new_hash(call, body.password, link.address, link.display_name)

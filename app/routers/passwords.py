@@ -112,6 +112,11 @@ async def change_password(user: UserKey, body: NewPasswordBody, call: CanChangeP
     return await answer_password_set(call, account.id)
 
 
+def unknown_login(key: MailAddress | int) -> str:
+    """By what tries are counted where there is no account: an id is no local part."""
+    return f"id {key}" if isinstance(key, int) else str(key)
+
+
 async def _prove(call: Call, key: MailAddress | int, password: str) -> Account:
     """The account that has this password. Raises WrongPassword, after the same work where there is none."""
     client = call.request.client.host if call.request.client else ""
@@ -120,10 +125,9 @@ async def _prove(call: Call, key: MailAddress | int, password: str) -> Account:
         account = await call.read(service.read_account, key)
     except NotFound:
         account = None
-    login = str(key) if account is None else account.address
-    await call.service.throttle.check(FailureKind.MAIL, login, client)
-    matches = await password_matches(password, None if account is None else account.password_hash)
-    if account is None or not matches:
-        await call.service.throttle.failed(FailureKind.MAIL, login, client, password)
-        raise WrongPassword("The current password is wrong.")
+    login = unknown_login(key) if account is None else account.address
+    async with call.service.throttle.guessing(FailureKind.MAIL, login, client, password):
+        matches = await password_matches(password, None if account is None else account.password_hash)
+        if account is None or not matches:
+            raise WrongPassword("The current password is wrong.")
     return account

@@ -72,21 +72,32 @@ class Try:
     guess: str
 
     @property
+    def who(self) -> str:
+        return f"{self.kind} {self.name or self.hashed}"
+
+    @property
+    def where(self) -> str:
+        return f"{self.kind} {self.network}"
+
+    @property
     def shared(self) -> bool:
         return self.network == SHARED
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What is recorded within the window, the try's own guess left out."""
+    """What is recorded within the window: distinct guesses."""
 
     login: int
     pair: int
     network: int
     attempts: int
-    """Tries for this login from this network, the own guess included."""
+    """Tries for this login from this network."""
     known_at: datetime | None
     """When the login was last noted to have succeeded from this network."""
+    own_login: int = 0
+    """1 if the try's own guess is among those at the login."""
+    own_pair: int = 0
 
 
 @lru_cache(maxsize=10_000)
@@ -129,7 +140,8 @@ def is_guess(text: str) -> bool:
 
 _t = login_failures.c
 _MINE = _t.login.in_([bindparam("name"), bindparam("hashed")])
-_OTHER_GUESS = (_t.guess != KNOWN) & (_t.guess != bindparam("guess"))
+_GUESS = _t.guess != KNOWN
+_OWN = _t.guess == bindparam("guess")
 _HERE = _t.network == bindparam("network")
 _OF_NETWORK = (
     select(func.count())
@@ -138,8 +150,7 @@ _OF_NETWORK = (
         _HERE,
         _t.last_at > bindparam("since"),
         _t.kind == bindparam("kind"),
-        _t.guess != KNOWN,
-        ~(_MINE & (_t.guess == bindparam("guess"))),
+        _GUESS,
     )
     .scalar_subquery()
 )
@@ -148,11 +159,13 @@ _OF_NETWORK = (
 def _look(of_network: Any) -> Any:
     """One statement, both of whose parts stay within one index range."""
     return select(
-        func.count(distinct(case((_OTHER_GUESS, _t.guess)))),
-        func.count(distinct(case((_OTHER_GUESS & _HERE, _t.guess)))),
-        func.coalesce(func.sum(case((_HERE & (_t.guess != KNOWN), _t.attempts), else_=0)), 0),
+        func.count(distinct(case((_GUESS, _t.guess)))),
+        func.count(distinct(case((_GUESS & _HERE, _t.guess)))),
+        func.coalesce(func.sum(case((_HERE & _GUESS, _t.attempts), else_=0)), 0),
         func.max(case((_HERE & (_t.guess == KNOWN), _t.last_at))),
         of_network,
+        func.max(case((_OWN, 1), else_=0)),
+        func.max(case((_OWN & _HERE, 1), else_=0)),
     ).where(
         _t.kind == bindparam("kind"),
         _MINE,
@@ -176,25 +189,40 @@ async def look(connection: AsyncConnection, tried: Try, now: datetime, window: t
         "known_since": now - KNOWN_LIFETIME,
     }
     row = (await connection.execute(_LOOK_SHARED if tried.shared else _LOOK, values)).one()
-    return Seen(login=row[0], pair=row[1], attempts=int(row[2]), known_at=row[3], network=row[4])
+    return Seen(
+        login=row[0],
+        pair=row[1],
+        attempts=int(row[2]),
+        known_at=row[3],
+        network=row[4],
+        own_login=row[5] or 0,
+        own_pair=row[6] or 0,
+    )
 
 
 def judge(seen: Seen, tried: Try, limits: Limits, *, longest: int) -> int:
-    """-1: refused. Else the seconds that the answer is to take, at most `longest`."""
-    stranger = not tried.shared and seen.known_at is None
+    """-1: refused. Else the seconds that the answer is to take, at most `longest`.
+
+    A try that repeats a guess is not slowed for it. It is refused for it: its short hash may stand for another password.
+    """
+    stranger = is_stranger(seen, tried)
     counted = []
     if tried.name or tried.hashed:
-        counted.append((seen.pair, limits.login or limits.pair if tried.shared else limits.pair))
-        # Requests for one account are no guesses: there is no network from which more of them are well meant.
-        if limits.login is not None and (stranger or tried.kind is FailureKind.RESET):
-            counted.append((seen.login, limits.login))
+        counted.append((seen.pair, seen.own_pair, limits.login or limits.pair if tried.shared else limits.pair))
+        if limits.login is not None and stranger:
+            counted.append((seen.login, seen.own_login, limits.login))
     if stranger:
-        counted.append((seen.network, limits.network))
-    if any(count >= limit for count, limit in counted):
+        counted.append((seen.network, seen.own_pair, limits.network))
+    if any(count >= limit for count, _, limit in counted):
         return -1
-    slow = max((_delay(count, limit) for count, limit in counted), default=0)
+    slow = max((_delay(count - own, limit) for count, own, limit in counted), default=0)
     repeated = 0 if tried.shared else min(seen.attempts // REPEATED, MAX_REPEATED)
     return min(max(slow, repeated), longest)
+
+
+def is_stranger(seen: Seen, tried: Try) -> bool:
+    """It comes from a network from which this login never succeeded."""
+    return not tried.shared and seen.known_at is None
 
 
 def slow_from(limit: int) -> int:
@@ -210,7 +238,7 @@ def _delay(count: int, limit: int) -> int:
 
 async def record(connection: AsyncConnection, tried: Try, now: datetime, window: timedelta) -> None:
     """One more try. A row whose last try lies before the window begins anew."""
-    name = tried.name if tried.name and await _is_ours(connection, tried) else tried.hashed
+    name = tried.name if await _is_ours(connection, tried) else tried.hashed
     await _upsert(connection, tried, name, tried.guess, now, now - window)
 
 
@@ -264,6 +292,12 @@ async def refused_for(connection: AsyncConnection, tried: Try, now: datetime, wi
     )
     at = (await connection.execute(oldest)).scalar()
     return max(1, int((at + window - now).total_seconds()) + 1) if at is not None else 1
+
+
+async def forget_try(connection: AsyncConnection, tried: Try) -> None:
+    """What `record` has written, of a guess that nobody else makes."""
+    mine = (_t.kind == tried.kind.value) & _t.login.in_([tried.name, tried.hashed]) & (_t.guess == tried.guess)
+    await connection.execute(delete(login_failures).where(mine, _t.network == tried.network))
 
 
 async def forget_guesses(connection: AsyncConnection, address: str, network: str) -> None:

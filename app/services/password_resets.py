@@ -114,6 +114,11 @@ async def issue_link(
     return reset_id
 
 
+async def find_address(connection: AsyncConnection, key: MailAddress | int) -> str | None:
+    account = (await connection.execute(_by(key), {"key": key})).one_or_none()
+    return None if account is None else str(account.address)
+
+
 async def cancel_links(change: Change, user_id: int) -> None:
     """All that could still be used: what they were asked for has changed."""
     await change.connection.execute(

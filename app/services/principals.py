@@ -265,9 +265,7 @@ async def _check_gift(change: Change, caller: Principal, role: Role, values: Map
     if not _no_wider(values["networks"], own.networks):
         raise OwnRights("Whom you make calls from your own networks, or fewer.", field="networks")
     if not _no_later(values["expires_at"], own.expires_at):
-        raise OwnRights(
-            f"Whom you make expires when you do, or before: {own.expires_at}.", field="expires_at"
-        )
+        raise OwnRights(f"Whom you make expires when you do, or before: {own.expires_at}.", field="expires_at")
 
 
 def _check_own(row: Row[Any], new: Mapping[str, Any]) -> None:

@@ -69,10 +69,11 @@ class Authenticator:
         )
         if found is None:
             # Only now, and not before: a right secret is not guessed, so to count others' guesses costs it nothing.
-            await self._throttle.wrong(
-                FailureKind.API, client_id, request.client.host if request.client else "", secret
-            )
-            raise Unauthenticated("Client id or secret is wrong, or the client is disabled or may not call from here.")
+            address = request.client.host if request.client else ""
+            async with self._throttle.guessing(FailureKind.API, client_id, address, secret):
+                raise Unauthenticated(
+                    "Client id or secret is wrong, or the client is disabled or may not call from here."
+                )
         client, key_id = found
         return as_principal(client.row, key_id)
 

@@ -8,20 +8,24 @@ import asyncio
 import random
 import secrets
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta
 from ipaddress import ip_address
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 from sqlalchemy.exc import DBAPIError
 
 from app.config import ApiSettings
 from app.db import Clock, Database, is_busy
-from app.errors import TooManyTries
+from app.errors import LinkNotValid, TooManyTries, Unauthenticated, WrongPassword
 from app.log import log
 from app.models.login_failures import FailureKind
 from app.services import login_failures as failures
 from app.services.login_failures import Limits, Seen, Try
+
+WRONG = (LinkNotValid, Unauthenticated, WrongPassword)
 
 _TRIES = 3
 _IN_FLIGHT = timedelta(seconds=60)
@@ -35,7 +39,7 @@ _USED_AGAIN = timedelta(minutes=1)
 
 
 class _Flight(NamedTuple):
-    """A password that Dovecot is looking at."""
+    """A password that is being looked at."""
 
     at: datetime
     recorded: int
@@ -61,6 +65,9 @@ class Throttle:
         self._primary_domain: str | None = None
         self._flights: OrderedDict[tuple[str, str, str], _Flight] = OrderedDict()
         self._flying: dict[str, set[tuple[str, str]]] = {}
+        """By who is tried: from where, and which guess."""
+        self._flying_from: dict[str, set[tuple[str, str]]] = {}
+        """By where strangers come from: who is tried, and which guess."""
         self._recorded = 0
         """Guesses that this process has recorded."""
         self._counted: OrderedDict[str, int] = OrderedDict()
@@ -72,50 +79,71 @@ class Throttle:
         """By what tries from there are counted."""
         return failures.network_of(client_address, self._shared)
 
-    async def check(self, kind: FailureKind, login: str, client_address: str) -> None:
-        """Raises TooManyTries when a try would be refused. `login` is an address or a client id; empty: nobody is named, and
-        the network alone counts. `client_address` empty, or a shared source: the login alone counts."""
-        tried = await self._try(kind, login, client_address, "")
-        now = self._clock()
-        seen = await self._database.reading(failures.look, tried, now, self.window)
-        if failures.judge(seen, tried, self.limits[kind], longest=self._longest) < 0:
-            seconds = await self._database.reading(failures.refused_for, tried, now, self.window)
-            # For fail2ban too, so no name in it: it may be a password in the wrong field.
-            log.warning("too_many_tries", kind=kind.value, client_address=_plain(client_address))
-            raise TooManyTries("There were too many tries. Wait before the next one.", retry_after=seconds)
+    @asynccontextmanager
+    async def guessing(self, kind: FailureKind, login: str, client_address: str, guess: str) -> AsyncIterator[None]:
+        """Stands around the look at a password, a secret or a token. What is raised inside of WRONG is a wrong guess, and is
+        recorded as one, by a short hash of `guess`.
 
-    async def failed(self, kind: FailureKind, login: str, client_address: str, guess: str) -> None:
-        """Records a wrong password or secret, of which a short hash is kept, in a transaction of its own.
-
-        Of the kind `reset` each call counts, whatever the guess: also a request that is right.
+        `login` is an address or a client id; empty: nobody is named, and the network alone counts. `client_address` empty, or
+        a shared source: the login alone counts. Raises TooManyTries, and then nothing is to be looked at.
         """
-        hashed = secrets.token_hex(8) if kind is FailureKind.RESET else failures.guess_of(self._key, login, guess)
-        await self._record(await self._try(kind, login, client_address, hashed))
-        if kind is not FailureKind.RESET:
+        tried = await self._try(kind, login, client_address, failures.guess_of(self._key, login, guess))
+        now = self._clock()
+        flight = await self._look(tried, now, None)
+        if self._judge(tried, flight, now) < 0:
+            await self._refuse(tried, client_address, now)
+        try:
+            yield
+        except WRONG:
+            await self._record(tried)
             log.warning("wrong_credentials", kind=kind.value, client_address=_plain(client_address))
+            raise
+        finally:  # and not before: there is no moment at which a guess counts neither as on its way nor as recorded
+            self._land(tried)
 
-    async def wrong(self, kind: FailureKind, login: str, client_address: str, guess: str) -> None:
-        """Both, for whoever has looked already: raises TooManyTries, or else records it."""
-        await self.check(kind, login, client_address)
-        await self.failed(kind, login, client_address, guess)
+    async def count_request(self, login: str) -> None:
+        """One more link is asked for. Raises TooManyTries at one too many, which then does not count.
+
+        It is written down before it is judged: of many at one moment, in whatever process, each sees those that passed.
+        """
+        tried = await self._try(FailureKind.RESET, login, "", secrets.token_hex(8))
+        now = self._clock()
+        await self._record(tried)
+        seen = await self._database.reading(failures.look, tried, now, self.window)
+        if seen.pair > self.limits[FailureKind.RESET].pair:
+            await self._once(failures.forget_try, tried)
+            await self._refuse(tried, "", now)
+
+    async def _refuse(self, tried: Try, client_address: str, now: datetime) -> Never:
+        seconds = await self._database.reading(failures.refused_for, tried, now, self.window)
+        # For fail2ban too, so no name in it: it may be a password in the wrong field.
+        log.warning("too_many_tries", kind=tried.kind.value, client_address=_plain(client_address))
+        raise TooManyTries("There were too many tries. Wait before the next one.", retry_after=seconds)
 
     async def allow(self, login: str, client_address: str, guess: str) -> int:
         """Dovecot asks before and after it looks at a password: 0, the seconds to wait, or -1 to refuse."""
         tried = await self._try(FailureKind.MAIL, login, client_address, self._guess(login, guess))
         now = self._clock()
-        name = tried.name or tried.hashed
-        flight = self._recent_flight(name, tried, now)
-        while flight is None or self._guessed_since(flight, name, tried):
+        flight = await self._look(tried, now, self._recent_flight(tried, now))
+        self._note_known(tried, flight.seen)
+        status = self._judge(tried, flight, now)
+        if status < 0:
+            log.warning("login_refused", client_address=_plain(client_address))
+        return status
+
+    async def _look(self, tried: Try, now: datetime, flight: "_Flight | None") -> "_Flight":
+        while flight is None or any(self._counted.get(each, 0) > flight.recorded for each in (tried.who, tried.where)):
             # Another guess that is recorded while we read has landed, and may not be in what we read.
             recorded = self._recorded
             flight = _Flight(now, recorded, await self._database.reading(failures.look, tried, now, self.window))
-            self._note_known(name, tried, flight.seen)
-        seen = self._with_flights(flight.seen, tried, name, now)
-        status = failures.judge(seen, tried, self.limits[FailureKind.MAIL], longest=self._longest)
+        return flight
+
+    def _judge(self, tried: Try, flight: "_Flight", now: datetime) -> int:
+        """What is not refused is on its way from here on."""
+        seen = self._with_flights(flight.seen, tried, now)
+        status = failures.judge(seen, tried, self.limits[tried.kind], longest=self._longest)
         if status >= 0:
-            self._fly(name, tried, flight)
-        else:
-            log.warning("login_refused", client_address=_plain(client_address))
+            self._fly(tried, flight)
         return status
 
     async def report(
@@ -123,16 +151,15 @@ class Throttle:
     ) -> None:
         """Dovecot says how it ended. What we ourselves refused does not count again."""
         tried = await self._try(FailureKind.MAIL, login, client_address, self._guess(login, guess))
-        name = tried.name or tried.hashed
         now = self._clock()
         try:
             if not success and not rejected:
                 await self._record(tried)
         finally:  # and not before: there is no moment at which a guess counts neither as on its way nor as recorded
-            self._land(name, tried)
+            self._land(tried)
         if not success or rejected:
             return
-        key = (name, tried.network)
+        key = (tried.who, tried.network)
         noted = self._known.get(key)
         if tried.name and not tried.shared and (noted is None or now - noted > _KNOWN_AGAIN):
             await self._once(failures.note_known, tried, now)
@@ -156,48 +183,54 @@ class Throttle:
         """Dovecot's own hash, as long as it is one."""
         return text if failures.is_guess(text) else failures.guess_of(self._key, login, text)
 
-    def _recent_flight(self, name: str, tried: Try, now: datetime) -> "_Flight | None":
+    def _recent_flight(self, tried: Try, now: datetime) -> "_Flight | None":
         """What was read when Dovecot asked the first time, unless that was a while ago.
 
         What other processes recorded meanwhile is missed; it was as good as on its way.
         """
-        flight = self._flights.get((name, tried.network, tried.guess))
+        flight = self._flights.get((tried.who, tried.where, tried.guess))
         return None if flight is None or now - flight.at > _FRESH else flight
 
-    def _guessed_since(self, flight: "_Flight", name: str, tried: Try) -> bool:
-        return any(self._counted.get(each, 0) > flight.recorded for each in (name, tried.network))
-
-    def _note_known(self, name: str, tried: Try, seen: Seen) -> None:
+    def _note_known(self, tried: Try, seen: Seen) -> None:
         if seen.known_at is None:
-            self._known.pop((name, tried.network), None)
+            self._known.pop((tried.who, tried.network), None)
         else:
-            self._remember(self._known, (name, tried.network), seen.known_at, _NOTED)
+            self._remember(self._known, (tried.who, tried.network), seen.known_at, _NOTED)
 
-    def _with_flights(self, seen: Seen, tried: Try, name: str, now: datetime) -> Seen:
+    def _with_flights(self, seen: Seen, tried: Try, now: datetime) -> Seen:
         """As if each password that is being looked at right now were wrong."""
         while self._flights and (first := next(iter(self._flights.items())))[1].at + _IN_FLIGHT <= now:
-            self._forget(*first[0])
-        flying = [where for where in self._flying.get(name, ()) if where[1] != tried.guess]
-        if not flying:
-            return seen
-        here = sum(network == tried.network for network, _ in flying)
-        return Seen(seen.login + len(flying), seen.pair + here, seen.network, seen.attempts, seen.known_at)
+            self._forget(first[0])
+        here = self._flying_from.get(tried.where, set()) - {(tried.who, tried.guess)}
+        flying = [where for where, guess in self._flying.get(tried.who, ()) if guess != tried.guess]
+        return replace(
+            seen,
+            login=seen.login + len(flying),
+            pair=seen.pair + flying.count(tried.where),
+            network=seen.network + len(here),
+        )
 
-    def _fly(self, name: str, tried: Try, flight: _Flight) -> None:
-        self._flights[name, tried.network, tried.guess] = flight
-        self._flights.move_to_end((name, tried.network, tried.guess))
-        self._flying.setdefault(name, set()).add((tried.network, tried.guess))
+    def _fly(self, tried: Try, flight: _Flight) -> None:
+        key = (tried.who, tried.where, tried.guess)
+        self._flights[key] = flight
+        self._flights.move_to_end(key)
+        self._flying.setdefault(tried.who, set()).add((tried.where, tried.guess))
+        if failures.is_stranger(flight.seen, tried):  # many who are known from an office are no measure of it
+            self._flying_from.setdefault(tried.where, set()).add((tried.who, tried.guess))
 
-    def _land(self, name: str, tried: Try) -> None:
-        if (name, tried.network, tried.guess) in self._flights:
-            self._forget(name, tried.network, tried.guess)
+    def _land(self, tried: Try) -> None:
+        key = (tried.who, tried.where, tried.guess)
+        if key in self._flights:
+            self._forget(key)
 
-    def _forget(self, name: str, network: str, guess: str) -> None:
-        del self._flights[name, network, guess]
-        flying = self._flying[name]
-        flying.remove((network, guess))
-        if not flying:
-            del self._flying[name]
+    def _forget(self, key: tuple[str, str, str]) -> None:
+        who, where, guess = key
+        del self._flights[key]
+        for flying, of, what in ((self._flying, who, (where, guess)), (self._flying_from, where, (who, guess))):
+            there = flying.get(of, set())
+            there.discard(what)
+            if not there:
+                flying.pop(of, None)
 
     @staticmethod
     def _remember(where: "OrderedDict[Any, Any]", key: Any, at: Any, at_most: int) -> None:
@@ -210,7 +243,7 @@ class Throttle:
         now = self._clock()
         await self._once(failures.record, tried, now, self.window)
         self._recorded += 1
-        for each in (tried.name or tried.hashed, tried.network):
+        for each in (tried.who, tried.where):
             self._remember(self._counted, each, self._recorded, _NOTED)
 
     async def _once(self, function: Callable[..., Awaitable[None]], *args: Any) -> None:

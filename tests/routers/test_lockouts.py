@@ -10,7 +10,7 @@ from sqlalchemy import insert, select
 
 from app.db import Database
 from app.models.audit_events import audit_events
-from app.models.login_failures import FailureKind, login_failures
+from app.models.login_failures import login_failures
 from app.web.throttle import Throttle
 from tests.conftest import PRIMARY, Clock
 from tests.routers.accounts import make_user
@@ -77,7 +77,7 @@ async def test_what_it_says_is_what_dovecot_is_answered(api: FastAPI, client: ht
     throttle: Throttle = api.state.service.throttle
     await make_user(client, "alice")
     for number in range(12):
-        await throttle.failed(FailureKind.MAIL, ALICE, "192.0.2.1", f"guess {number}")
+        await throttle.report(ALICE, "192.0.2.1", f"{number:03x}", success=False, rejected=False, app_password_id=None)
         status = await throttle.allow(ALICE, "192.0.2.1", "fff")
         found = await listed(client, login=ALICE, network="192.0.2.1/32")
         state = found[0]["state"] if found else None

@@ -1,7 +1,10 @@
 """The API's own secrets, and what other routes ask the throttle for."""
 
+import asyncio
 import base64
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx
@@ -13,9 +16,11 @@ from sqlalchemy import event, select
 from app.db import Database
 from app.errors import TooManyTries
 from app.models.login_failures import FailureKind, login_failures
+from app.permissions import Role
+from app.services.login_failures import guess_of
 from app.web.throttle import Throttle
 from tests.conftest import PRIMARY, Clock, anonymous
-from tests.routers.accounts import make_user
+from tests.routers.accounts import credentials_of, make_user
 
 pytestmark = pytest.mark.asyncio
 
@@ -41,6 +46,19 @@ async def visitor(api: FastAPI) -> AsyncIterator[Callable[..., Any]]:
             return await client.get("/v1/me", auth=auth)
 
     yield ask
+
+
+@pytest_asyncio.fixture
+async def as_role(api: FastAPI, seeded: Database) -> AsyncIterator[Callable[..., Any]]:
+    """`await as_role(role)`: a client of the API."""
+    async with AsyncExitStack() as stack:
+
+        async def make(role: Role) -> httpx.AsyncClient:
+            client = await stack.enter_async_context(anonymous(api))
+            client.auth = await credentials_of(seeded, role)
+            return client
+
+        yield make
 
 
 async def rows(database: Database) -> list[Any]:
@@ -103,50 +121,128 @@ async def test_a_successful_request_asks_nothing_of_the_throttle(
 async def test_a_current_password_is_counted_with_dovecots(throttle: Throttle, client: httpx.AsyncClient) -> None:
     await make_user(client, "alice")
     for number in range(5):
-        await throttle.failed(FailureKind.MAIL, ALICE, "192.0.2.1", f"wrong {number}")
+        await fails(throttle, FailureKind.MAIL, ALICE, "192.0.2.1", f"wrong {number}")
         await throttle.report(
             "alice", "192.0.2.1", f"{number:03x}", success=False, rejected=False, app_password_id=None
         )
     with pytest.raises(TooManyTries):
-        await throttle.check(FailureKind.MAIL, "Alice", "192.0.2.1")
-    await throttle.check(FailureKind.MAIL, ALICE, "192.0.2.2")
-    await throttle.check(FailureKind.API, ALICE, "192.0.2.1")
-    await throttle.check(FailureKind.RESET, ALICE, "192.0.2.1")
+        await check(throttle, FailureKind.MAIL, "Alice", "192.0.2.1")
+    await check(throttle, FailureKind.MAIL, ALICE, "192.0.2.2")
+    await check(throttle, FailureKind.API, ALICE, "192.0.2.1")
+    await check(throttle, FailureKind.RESET, ALICE, "192.0.2.1")
 
 
-async def test_resets_are_counted_by_account_whoever_asks_and_whether_there_is_one(
-    throttle: Throttle, client: httpx.AsyncClient, clock: Clock
+async def test_resets_are_counted_by_account_however_it_is_named_and_whether_there_is_one(
+    throttle: Throttle, client: httpx.AsyncClient, as_role: Callable[..., Any], seeded: Database, clock: Clock
 ) -> None:
-    await make_user(client, "alice")
-    for address in (ALICE, f"nobody@{PRIMARY}"):
-        for number in range(5):
-            await throttle.check(FailureKind.RESET, address, f"192.0.2.{number}")
-            await throttle.failed(FailureKind.RESET, address, f"192.0.2.{number}", "")
-        for source in ("192.0.2.99", "192.0.2.1", ""):
-            with pytest.raises(TooManyTries) as refused:
-                await throttle.check(FailureKind.RESET, address, source)
-            assert refused.value.members["retry_after"] == 3601
+    alice = await make_user(client, "alice")
+    assert alice["id"] == 1
+    website = await as_role(Role.WEBSITE)
+
+    async def ask(user: str | int) -> httpx.Response:
+        return await website.post("/v1/password-resets", json={"user": user})
+
+    for names in ((ALICE, 1, "1", ALICE.upper(), ALICE), (f"nobody@{PRIMARY}",) * 5, (77, "77", 77, "77", 77)):
+        for name in names:
+            assert (await ask(name)).status_code == 202
+        for name in names:
+            refused = await ask(name)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "3601")
+    assert (await ask(f"1@{PRIMARY}")).status_code == 202, "an id is no local part"
+    assert len(await rows(seeded)) == 16, "what was refused is not counted"
     clock.forward(minutes=60)
-    await throttle.check(FailureKind.RESET, ALICE, "192.0.2.1")
+    assert (await ask(ALICE)).status_code == 202
+
+
+async def test_administrators_are_counted_for_themselves(
+    client: httpx.AsyncClient, as_role: Callable[..., Any], seeded: Database
+) -> None:
+    await make_user(client, "alice", contact_address="alice@example.net")
+    website, limited = await as_role(Role.WEBSITE), await as_role(Role.LIMITED)
+    body = {"user": ALICE, "reason": "Called"}
+    for _ in range(5):
+        assert (await website.post("/v1/password-resets", json={"user": ALICE})).status_code == 202
+    for _ in range(5):
+        assert (await limited.post("/v1/password-resets", json=body)).status_code == 202
+    assert (await limited.post("/v1/password-resets", json=body)).status_code == 429
+    assert (await client.post("/v1/password-resets", json=body)).status_code == 202
+
+
+async def test_of_many_at_once_no_more_get_through(
+    client: httpx.AsyncClient,
+    as_role: Callable[..., Any],
+    visitor: Callable[..., Any],
+    api: FastAPI,
+) -> None:
+    await make_user(client, "alice", contact_address="alice@example.net")
+    website = await as_role(Role.WEBSITE)
+    path, new = "/v1/password-resets", "seven green lanterns over the harbour"
+
+    async def codes(asked: Iterable[Awaitable[httpx.Response]]) -> dict[int, int]:
+        return dict(Counter(answer.status_code for answer in await asyncio.gather(*asked)))
+
+    resets = await codes(website.post(path, json={"user": ALICE}) for _ in range(30))
+    assert 0 <= resets.pop(202, 0) <= 5, "who see each other at the limit are both refused"
+    assert set(resets) == {429}
+    async with anonymous(api) as visitors:
+        tokens = await codes(
+            visitors.post(f"{path}/confirm", json={"token": f"{n}", "password": new}) for n in range(90)
+        )
+    assert tokens == {410: 40, 429: 50}
+    body = {"password": new}
+    url = f"/v1/users/{ALICE}/password"
+    passwords = await codes(website.put(url, json={**body, "current_password": f"guess {n}"}) for n in range(30))
+    assert passwords == {403: 10, 429: 20}
+    client_id = (await website.get("/v1/me")).json()["id"]
+    secrets = await codes(visitor(client_id, f"guess {n}") for n in range(30))
+    assert secrets == {401: 10, 429: 20}
+
+
+async def test_a_guess_whose_hash_was_seen_is_refused_at_the_limit(throttle: Throttle, seeded: Database) -> None:
+    """Two passwords may have one short hash: a repeated one is slowed less, and not let through more often."""
+    for number in range(10):
+        await fails(throttle, FailureKind.MAIL, ALICE, "192.0.2.1", f"wrong {number}")
+    for number in range(10):
+        with pytest.raises(TooManyTries):
+            await check(throttle, FailureKind.MAIL, ALICE, "192.0.2.1", f"wrong {number}")
+        guess = guess_of(throttle._key, ALICE, f"wrong {number}")
+        assert await throttle.allow(ALICE, "192.0.2.1", guess) == -1
+
+
+async def test_names_tried_at_once_from_one_network_count(throttle: Throttle) -> None:
+    answers = [await throttle.allow(f"user{n}@{PRIMARY}", "192.0.2.1", "abc") for n in range(60)]
+    assert answers[39] >= 0
+    assert set(answers[40:]) == {-1}
+    assert await throttle.allow(f"user59@{PRIMARY}", "192.0.2.2", "abc") == 0
 
 
 async def test_links_that_are_none_are_counted_by_network(throttle: Throttle, seeded: Database) -> None:
     for number in range(40):
-        await throttle.check(FailureKind.RESET, "", "192.0.2.1")
-        await throttle.failed(FailureKind.RESET, "", "192.0.2.1", f"token {number}")
+        await check(throttle, FailureKind.RESET, "", "192.0.2.1")
+        await fails(throttle, FailureKind.RESET, "", "192.0.2.1", f"token {number}")
     with pytest.raises(TooManyTries):
-        await throttle.check(FailureKind.RESET, "", "192.0.2.1")
-    await throttle.check(FailureKind.RESET, "", "192.0.2.2")
+        await check(throttle, FailureKind.RESET, "", "192.0.2.1")
+    await check(throttle, FailureKind.RESET, "", "192.0.2.2")
     assert {row.login for row in await rows(seeded)} == {""}
 
 
 async def test_without_an_address_the_login_alone_counts(throttle: Throttle, client: httpx.AsyncClient) -> None:
     await make_user(client, "alice")
     for number in range(110):  # with 16 bits each, a few may look alike
-        await throttle.failed(FailureKind.MAIL, ALICE, "", f"wrong {number}")
+        await fails(throttle, FailureKind.MAIL, ALICE, "", f"wrong {number}")
     with pytest.raises(TooManyTries):
-        await throttle.check(FailureKind.MAIL, ALICE, "")
-    await throttle.check(FailureKind.MAIL, f"bob@{PRIMARY}", "")
+        await check(throttle, FailureKind.MAIL, ALICE, "")
+    await check(throttle, FailureKind.MAIL, f"bob@{PRIMARY}", "")
+
+
+async def fails(throttle: Throttle, kind: FailureKind, login: str, address: str, guess: str) -> None:
+    """One wrong guess, however many there were."""
+    await throttle._record(await throttle._try(kind, login, address, guess_of(throttle._key, login, guess)))
+
+
+async def check(throttle: Throttle, kind: FailureKind, login: str, address: str, guess: str = "right") -> None:
+    async with throttle.guessing(kind, login, address, guess):
+        pass
 
 
 def _secret(client: httpx.AsyncClient) -> str:
@@ -158,10 +254,10 @@ async def _tried(throttle: Throttle, *addresses: str) -> None:
     """Ten wrong passwords from each, and one success."""
     for address in addresses:
         for number in range(11):
-            await throttle.failed(FailureKind.MAIL, ALICE, address, f"wrong {number}")
+            await fails(throttle, FailureKind.MAIL, ALICE, address, f"wrong {number}")
         await throttle.report(ALICE, address, "1234", success=True, rejected=False, app_password_id=None)
         with pytest.raises(TooManyTries):
-            await throttle.check(FailureKind.MAIL, ALICE, address)
+            await check(throttle, FailureKind.MAIL, ALICE, address)
 
 
 async def test_a_link_forgets_the_guesses_from_where_it_is_used(
@@ -173,9 +269,9 @@ async def test_a_link_forgets_the_guesses_from_where_it_is_used(
     body = {"token": asked.json()["link"].partition("#")[2], "password": "seven green lanterns over the harbour"}
     async with anonymous(api) as owner:
         assert (await owner.post("/v1/password-resets/confirm", json=body)).status_code == 202
-    await throttle.check(FailureKind.MAIL, ALICE, "127.0.0.1")
+    await check(throttle, FailureKind.MAIL, ALICE, "127.0.0.1")
     with pytest.raises(TooManyTries):
-        await throttle.check(FailureKind.MAIL, ALICE, "192.0.2.9")
+        await check(throttle, FailureKind.MAIL, ALICE, "192.0.2.9")
     known = [row.network for row in await rows(seeded) if row.guess == "known"]
     assert sorted(known) == ["127.0.0.1/32", "192.0.2.9/32"]
 
@@ -186,8 +282,8 @@ async def test_a_successor_of_an_address_begins_with_nothing(
     first = await make_user(client, "alice")
     await make_user(client, "bob")
     await _tried(throttle, "192.0.2.8", "192.0.2.9")
-    await throttle.failed(FailureKind.MAIL, f"bob@{PRIMARY}", "192.0.2.9", "wrong")
+    await fails(throttle, FailureKind.MAIL, f"bob@{PRIMARY}", "192.0.2.9", "wrong")
     await client.delete(f"/v1/users/{first['id']}")
     assert (await client.post("/v1/users", json={"address": ALICE, "reuse_address": True})).status_code in (201, 202)
-    await throttle.check(FailureKind.MAIL, ALICE, "192.0.2.8")
+    await check(throttle, FailureKind.MAIL, ALICE, "192.0.2.8")
     assert [row.login for row in await rows(seeded)] == [f"bob@{PRIMARY}"]
