@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from app.models.jobs import JobState
+from app.permissions import Permission
 from app.queue.contracts import JobKind
 from app.routers.shapes import CONFLICT, IDEMPOTENCY_KEY, NOT_FOUND, CanReadJobs, CanRetryJobs, HostName, takes
 from app.services import jobs as service
@@ -46,7 +47,7 @@ class JobList(BaseModel):
 
 
 async def _answer(call: Call, job_id: int, *, created: bool = False) -> Response:
-    row = await call.read(service.get_job, job_id)
+    row = await call.read(service.get_job, job_id, without=_hidden(call))
     location = f"/v1/jobs/{job_id}" if created else None
     return answer(call, JobDetail.of(row), status=202 if created else 200, location=location)
 
@@ -66,9 +67,21 @@ async def list_jobs(
     """Newest first, with what each was asked for, how far it got and its last error."""
     after = int(cursor) if cursor else None
     rows = await call.read(
-        service.list_jobs, state=state, kind=kind, host=host, subject_id=subject_id, after=after, limit=limit
+        service.list_jobs,
+        state=state,
+        kind=kind,
+        host=host,
+        subject_id=subject_id,
+        after=after,
+        without=_hidden(call),
+        limit=limit,
     )
     return page_response(call.request, [JobDetail.of(row) for row in rows], rows[-1].id if rows else None, limit)
+
+
+def _hidden(call: Call) -> tuple[JobKind, ...]:
+    """Whether there was anybody to send a mail to is not for those who must not learn who is here."""
+    return () if call.may(Permission.USERS_READ) else (JobKind.MAIL_SEND,)
 
 
 @router.get("/{job}", response_model=JobDetail, summary="Read a job", responses=NOT_FOUND)

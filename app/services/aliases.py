@@ -38,7 +38,7 @@ from app.services.addresses import claim_address, forget_alias_address
 from app.services.alias_graph import check_graph, loops, one_at_a_time
 from app.services.audit_events import record_event
 from app.services.changes import Change
-from app.services.principals import check_rank, check_rank_of_predecessor
+from app.services.ranks import check_rank, check_rank_of_contact, check_rank_of_predecessor, higher_roles
 
 KIND = JobKind.ALIASES_SYNC.value
 MAX_DESTINATIONS = 100
@@ -156,8 +156,10 @@ async def change_alias(
     designated: list[int] = []
     if "destinations" in wanted:
         targets = await _resolve(connection, MailAddress(row.address), wanted["destinations"])
-        if targets != await _present_targets(connection, alias_id):
+        present_targets = await _present_targets(connection, alias_id)
+        if targets != present_targets:
             new["destinations"] = wanted["destinations"]
+            await _check_rank_of_targets(change, row, [target for target in present_targets if target not in targets])
     if "designated" in wanted:
         designated = await _designate(connection, AliasKind(row.kind), wanted["designated"])
         present_ones = await _present_designated(connection, alias_id)
@@ -197,6 +199,7 @@ async def delete_alias(change: Change, alias_id: int, *, expected_version: int |
         return alias_id
     present = (await _fill(connection, [row], hosts=False))[0]
     await check_rank(change, *await _present_designated(connection, alias_id))
+    await _check_rank_of_targets(change, row, await _present_targets(connection, alias_id))
     involved = await _involved(connection, alias_id)
     await forget_alias_address(connection, row.address, alias_id)
     await connection.execute(delete(alias_destinations).where(alias_destinations.c.alias_id == alias_id))
@@ -213,6 +216,24 @@ async def delete_alias(change: Change, alias_id: int, *, expected_version: int |
     leading_here = select(alias_destinations.c.alias_id).where(alias_destinations.c.target_alias_id == alias_id)
     await _touch(change, leading_here)
     return alias_id
+
+
+async def _check_rank_of_targets(change: Change, row: Row[Any], lost: Sequence["Target"]) -> None:
+    """Raises Outranked for who would take mail away from somebody of a higher rank, or get what is sent to that one's contact
+    address. To lead more mail to somebody is nothing of the kind."""
+    await check_rank(change, *(target.user_id for target in lost if target.user_id is not None))
+    if not higher_roles(change.actor.rank):
+        return
+    known, leading = {row.id: row.address}, {row.id}
+    while leading:
+        query = select(aliases.c.id, aliases.c.address).join(
+            alias_destinations, alias_destinations.c.alias_id == aliases.c.id
+        )
+        found = await change.connection.execute(query.where(alias_destinations.c.target_alias_id.in_(leading)))
+        new = {each.id: each.address for each in found if each.id not in known}
+        known |= new
+        leading = set(new)
+    await check_rank_of_contact(change, set(known.values()))
 
 
 async def touch_aliases_of_user(change: Change, user_id: int) -> None:

@@ -1,6 +1,6 @@
 """Jobs, as callers see them: read, list, try a dead one again."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from sqlalchemy import Row, select
@@ -20,9 +20,10 @@ from app.services.notices import resend_notice
 from app.services.users import resync_user
 
 
-async def get_job(connection: AsyncConnection, job_id: int) -> Row[Any]:
+async def get_job(connection: AsyncConnection, job_id: int, *, without: Collection[JobKind] = ()) -> Row[Any]:
+    """Of a kind in `without` there is none."""
     row = (await connection.execute(select(jobs).where(jobs.c.id == job_id))).one_or_none()
-    if row is None:
+    if row is None or row.kind in without:
         raise NotFound(f"There is no job {job_id}. Finished ones are kept for a while only.")
     return row
 
@@ -35,10 +36,13 @@ async def list_jobs(
     host: str | None = None,
     subject_id: int | None = None,
     after: int | None = None,
+    without: Collection[JobKind] = (),
     limit: int,
 ) -> Sequence[Row[Any]]:
-    """Newest first."""
+    """Newest first, those of the kinds `without` left out."""
     query = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
+    if without:
+        query = query.where(jobs.c.kind.not_in([each.value for each in without]))
     if state is not None:
         query = query.where(jobs.c.state == state.value)
     if subject_id is not None:

@@ -11,11 +11,14 @@ from typing import Any
 from sqlalchemy import CTE, Select, and_, case, delete, func, literal, select, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app.errors import NotFound
+from app.errors import NotFound, Outranked
+from app.models.addresses import AddressKind, addresses
 from app.models.login_failures import FailureKind, login_failures
+from app.models.principals import principals
 from app.services.audit_events import record_event
 from app.services.changes import Change
 from app.services.login_failures import KNOWN, SHARED, Limits, slow_from
+from app.services.ranks import check_rank, higher_roles
 
 _t = login_failures.c
 
@@ -150,8 +153,10 @@ async def list_lockouts(
 
 
 async def lift_lockout(change: Change, lockout: str) -> None:
-    """Forgets what it follows from. Raises NotFound when there is nothing of the kind."""
+    """Forgets what it follows from. Raises NotFound when there is nothing of the kind, and Outranked for a login of somebody
+    whose role stands higher."""
     kind, login, network = _parse(lockout)
+    await _check_rank(change, kind, login)
     query = delete(login_failures).where(_t.kind == kind.value, _t.guess != KNOWN)
     if login:
         query = query.where(_t.login == login)
@@ -162,3 +167,16 @@ async def lift_lockout(change: Change, lockout: str) -> None:
         raise NotFound("There is no such lockout, or it has ended. GET /v1/lockouts lists them.")
     before = {"kind": kind.value, "login": login or None, "network": network or None, "records": forgotten}
     await record_event(change, "lockouts.lift", "lockout", (login or network)[:254], before=before)
+
+
+async def _check_rank(change: Change, kind: FailureKind, login: str) -> None:
+    if kind is FailureKind.API:
+        role = (
+            await change.connection.execute(select(principals.c.role).where(principals.c.id == login))
+        ).scalar_one_or_none()
+        if role in higher_roles(change.actor.rank):
+            raise Outranked(f"{login} is {role}, which stands higher than you do.")
+    else:
+        whose = select(addresses.c.subject_id).where(addresses.c.address == login, addresses.c.kind == AddressKind.USER)
+        user_id = (await change.connection.execute(whose)).scalar_one_or_none()
+        await check_rank(change, *([] if user_id is None else [user_id]))

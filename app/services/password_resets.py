@@ -21,7 +21,7 @@ from app.models.users import UserState, users
 from app.services.audit_events import record_event
 from app.services.changes import Change
 from app.services.notices import queue_notice
-from app.services.principals import check_rank, is_outranked
+from app.services.ranks import check_rank, is_outranked
 
 _c = password_resets.c
 _INSERT = insert(password_resets)
@@ -35,6 +35,7 @@ _BY_ID = _ACCOUNT.where(users.c.id == bindparam("key"))
 _BY_ADDRESS = _ACCOUNT.select_from(addresses.join(users, users.c.id == addresses.c.subject_id)).where(
     addresses.c.kind == AddressKind.USER, addresses.c.address == bindparam("key")
 )
+_LOCKED = _BY_ID.with_for_update()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +55,19 @@ async def request_reset(
     """
     if reason is None:
         raise BadField("Say why: the audit trail keeps it.", field="reason")
-    account = await _find(change.connection, key)
+    account = await _lock(change.connection, key)
+    if account is None:
+        raise _missing(key)
     await check_rank(change, account.id)
     why_not = _why_not(account)
     if why_not is not None:
         raise why_not
     if account.contact_address is None and deliver is Delivery.MAIL:
         raise NoContactAddress("The account has no contact address, so a link cannot be mailed.")
+    # That a link was shown is said even where no link could be sent: nothing secret stands in it.
+    recipient = account.contact_address or account.address
     return await issue_link(
-        change, account.id, account.contact_address, ResetKind.RESET, terms, asked=key, reason=reason, deliver=deliver
+        change, account.id, recipient, ResetKind.RESET, terms, asked=key, reason=reason, deliver=deliver
     )
 
 
@@ -71,7 +76,7 @@ async def request_reset_unseen(change: Change, key: MailAddress | int, terms: Te
 
     Without an account that may have a link, link and mail are rows that belong to nobody and lead nowhere.
     """
-    account = (await change.connection.execute(_by(key), {"key": key})).one_or_none()
+    account = await _lock(change.connection, key)
     looked_at = _NOBODY if account is None else account.id
     outranked = await is_outranked(change.connection, looked_at, change.actor.rank)
     if account is None or outranked or _why_not(account) is not None or account.contact_address is None:
@@ -106,9 +111,8 @@ async def issue_link(
         "expires_at": change.now + terms.lifetime,
     }
     await change.connection.execute(_INSERT, values)
-    if deliver is Delivery.MAIL or recipient is not None:
-        mail = NoticeKind.RESET_SHOWN if deliver is Delivery.SHOW else NoticeKind(kind.value)
-        await queue_notice(change, mail, user_id=user_id, recipient=recipient, reset_id=reset_id)
+    mail = NoticeKind.RESET_SHOWN if deliver is Delivery.SHOW else NoticeKind(kind.value)
+    await queue_notice(change, mail, user_id=user_id, recipient=recipient, reset_id=reset_id)
     after = {"user": asked, "kind": kind.value, "deliver": deliver.value, "reason": reason}
     await record_event(change, "password-resets.create", "password-reset", reset_id, user_id=user_id, after=after)
     return reset_id
@@ -236,8 +240,20 @@ def _by(key: MailAddress | int) -> Any:
 async def _find(connection: AsyncConnection, key: MailAddress | int) -> Row[Any]:
     account = (await connection.execute(_by(key), {"key": key})).one_or_none()
     if account is None:
-        raise NotFound(f"There is no account {key}.")
+        raise _missing(key)
     return account
+
+
+async def _lock(connection: AsyncConnection, key: MailAddress | int) -> Row[Any] | None:
+    """As it is until the transaction ends: who locks or suspends it then finds the link, and cancels it."""
+    found = (await connection.execute(_by(key), {"key": key})).one_or_none()
+    which = {"key": _NOBODY if found is None else found.id}
+    account: Row[Any] | None = (await connection.execute(_LOCKED, which)).one_or_none()
+    return account
+
+
+def _missing(key: MailAddress | int) -> NotFound:
+    return NotFound(f"There is no account {key}.")
 
 
 def _why_not(account: Row[Any]) -> UserDeleted | UserLocked | UserNotActive | None:

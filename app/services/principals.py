@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any, NamedTuple
 
-from sqlalchemy import Row, Select, exists, insert, or_, select, update
+from sqlalchemy import Row, exists, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -35,6 +35,8 @@ from app.models.users import UserState, users
 from app.permissions import RANKS, ROLE_PERMISSIONS, Permission, Principal, Role
 from app.services.audit_events import record_event
 from app.services.changes import Change
+from app.services.password_resets import cancel_links
+from app.services.ranks import check_rank
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -70,7 +72,8 @@ async def create_principal(
     user_id: int | None = None,
     caller: Principal | None = None,
 ) -> Credentials:
-    """The secret is nowhere else, so it is shown now or never.
+    """The secret is nowhere else, so it is shown now or never. Links to the person's own account, which somebody of a lower
+    rank may have asked for before, end.
 
     Raises BadField, Outranked, and Forbidden for a permission that the caller lacks.
     """
@@ -91,6 +94,8 @@ async def create_principal(
             raise Outranked(f"A {caller.role} makes nobody whose role stands higher.", field="role")
         await _check_gift(change, caller, role, values)
     await _check_account(change, user_id)
+    if user_id is not None:
+        await cancel_links(change, user_id)
     now = {"version": 1, "state": PrincipalState.ACTIVE.value, "created_at": change.now, "updated_at": change.now}
     try:
         await change.connection.execute(insert(principals), {**values, **now})
@@ -132,6 +137,8 @@ async def change_principal(
             await _check_gift(change, caller, role, {**row._mapping, **new})
     if "user_id" in new:
         await _check_account(change, new["user_id"])
+        if new["user_id"] is not None:
+            await cancel_links(change, new["user_id"])
     lasting = await _lasting(change)
     try:
         await _update(change, client_id, new)
@@ -344,34 +351,6 @@ async def _keep_a_primary(change: Change, before: set[str], caller: Principal | 
             f"{', '.join(before)} is the last primary that may write principals, with a key and no end. Make another first; "
             "on the host, `cacert-mail principal create` does."
         )
-
-
-async def check_rank(change: Change, *user_ids: int) -> None:
-    """Raises Outranked when one of the accounts is the own one of a principal whose role stands higher than the caller's."""
-    for user_id in user_ids:
-        if await is_outranked(change.connection, user_id, change.actor.rank):
-            raise _outranked()
-
-
-async def check_rank_of_predecessor(change: Change, address: str) -> None:
-    """The same for a deleted account whose address is to be given to somebody else, so that it could not be restored."""
-    theirs = select(users.c.id).where(users.c.address == address)
-    if await is_outranked(change.connection, theirs, change.actor.rank):
-        raise _outranked()
-
-
-def _outranked() -> Outranked:
-    return Outranked("This account belongs to somebody whose role stands higher than yours.")
-
-
-async def is_outranked(connection: AsyncConnection, user_id: int | Select[Any], rank: int) -> bool:
-    """A caller of the highest rank costs no query."""
-    higher = [role.value for role, of_role in RANKS.items() if of_role > rank]
-    if not higher:
-        return False
-    whose = principals.c.user_id == user_id if isinstance(user_id, int) else principals.c.user_id.in_(user_id)
-    query = select(principals.c.id).where(whose, principals.c.role.in_(higher)).limit(1)
-    return (await connection.execute(query)).first() is not None
 
 
 # Rows

@@ -52,14 +52,21 @@ from app.models.users import UserState, users
 from app.models.views import service_purged, service_users
 from app.queue.contracts import JobKind, mailbox_lane
 from app.queue.enqueue import enqueue
-from app.services.addresses import check_reserved, claim_address, holder_of, reclaim_address, release_address
+from app.services.addresses import (
+    check_reserved,
+    claim_address,
+    follow_address,
+    holder_of,
+    reclaim_address,
+    release_address,
+)
 from app.services.aliases import touch_aliases_of_user
 from app.services.audit_events import record_event
 from app.services.changes import Change
 from app.services.hosts import choose_host
 from app.services.login_failures import forget_login
 from app.services.password_resets import cancel_links
-from app.services.principals import check_rank, check_rank_of_predecessor
+from app.services.ranks import check_rank, check_rank_of_predecessor
 
 KIND = JobKind.MAILBOX_SYNC.value
 
@@ -200,7 +207,7 @@ async def create_user(change: Change, new: NewUser) -> UserRecord:
         raise await holder_of(connection, new.address)
     if places[0].other is not None:
         raise await _exists(connection, new.external_id)
-    _check_contact(new.contact_address, new.address)
+    await _check_contact(change.connection, new.contact_address, new.address)
     values = {
         "address": new.address,
         "local_part": new.address.local_part,
@@ -274,7 +281,7 @@ async def change_user(
             raise BadField("A reason goes with `state: suspended`.", field="suspended_reason")
         if row.suspended_reason is not None:
             new["suspended_reason"] = None
-    _check_contact(new.get("contact_address"), row.address)
+    await _check_contact(change.connection, new.get("contact_address"), row.address)
     if not new:
         return user_id
     action = "users.change"
@@ -446,13 +453,18 @@ async def _exists(connection: AsyncConnection, external_id: str | None) -> UserE
     )
 
 
-def _check_contact(contact: str | None, address: str) -> None:
-    """Not the mailbox itself, whatever stands after the recipient delimiter: what opens it must not be sent into it."""
+async def _check_contact(connection: AsyncConnection, contact: str | None, address: str) -> None:
+    """Not the mailbox itself, whatever stands after the recipient delimiter, nor an alias that leads there and nowhere else:
+    what opens it must not be sent into it."""
     if contact is None:
         return
     local, _, domain = contact.lower().rpartition("@")
-    if f"{local.partition('+')[0]}@{domain}" == address:
+    plain = f"{local.partition('+')[0]}@{domain}"
+    if plain == address:
         raise BadField("The contact address cannot be the mailbox itself.", field="contact_address")
+    ends = {hop.address for hop in await follow_address(connection, plain) if hop.kind != AddressKind.ALIAS}
+    if ends == {address}:
+        raise BadField(f"{plain} leads to the mailbox itself, and nowhere else.", field="contact_address")
 
 
 def _missing(key: MailAddress | int) -> NotFound:

@@ -312,8 +312,11 @@ async def test_a_shown_link_is_shown_once_and_its_owner_is_told(
 
 async def test_a_link_can_be_shown_where_none_can_be_mailed(client: Client, limited: Client, seeded: Database) -> None:
     await make_alice(client, contact_address=None)
-    assert (await shown_link(limited)).startswith("http")
-    assert await rows(seeded, select(notices)) == []
+    link = await shown_link(limited)
+    assert link.startswith("http")
+    told = await one(seeded, select(notices))
+    assert (told.kind, told.recipient) == ("reset_shown", ALICE), "nobody takes an account over in silence"
+    assert told.details is None
 
 
 async def test_no_usable_form_is_in_the_database(client: Client, seeded: Database, settings: ApiSettings) -> None:
