@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 ROOT_PACKAGES := mariadb-server mariadb-client postfix postfix-mysql postfix-lmdb dovecot-core dovecot-imapd dovecot-pop3d \
 	dovecot-lmtpd dovecot-mysql rspamd postsrsd
-TEST_PACKAGES := $(ROOT_PACKAGES) chromium nginx-light php-cli php-curl curl libcap2-bin e2fsprogs mount systemd fail2ban knot
+TEST_PACKAGES := $(ROOT_PACKAGES) chromium nginx-light php-cli php-curl curl libcap2-bin e2fsprogs mount systemd fail2ban knot \
+	pdns-server pdns-backend-sqlite3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help run demo test check format bench openapi lock packages-demo packages-test

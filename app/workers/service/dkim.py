@@ -7,7 +7,7 @@ nobody publishes, somebody enters the record by hand meanwhile.
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
@@ -57,7 +57,7 @@ class Keys:
     def __init__(self, database: Database, settings: ServiceSettings, key: bytes, clock: Clock) -> None:
         self.database = database
         self.settings = settings
-        self.publishers: dict[str, Any] = load_publishers(settings.dns_file)
+        self.publishers: Mapping[str, Publisher] = load_publishers(settings.dns_file)
         self._clock = clock
         self._key = key
         self._probes = None if settings.returns_maildir is None else Probes(settings.returns_maildir, key)

@@ -4,11 +4,12 @@ SECURITY: DNS_FILE holds secrets, none of which is ever shown. A publisher that 
 asks every name server of the zone.
 """
 
+import asyncio
 import tomllib
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import dns.asyncquery
 import dns.exception
@@ -17,6 +18,7 @@ import dns.rcode
 import dns.tsig
 import dns.tsigkeyring
 import dns.update
+import httpx
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 
 from app.addresses import DomainName
@@ -44,6 +46,13 @@ def _address(text: str) -> str:
         return str(ip_address(text))
     except ValueError:
         raise ValueError("takes an address such as 192.0.2.53") from None
+
+
+def _is_header(secret: SecretStr) -> SecretStr:
+    text = secret.get_secret_value()
+    if not (text and text.isascii() and text.isprintable()):
+        raise ValueError("takes one line of ASCII")
+    return secret
 
 
 class Update(BaseModel):
@@ -75,12 +84,71 @@ class Update(BaseModel):
             raise PublishFailed(f"The name server {self.server} refuses the change of {zone}: {said}")
 
 
-_PUBLISHERS: TypeAdapter[dict[str, Update]] = TypeAdapter(
-    dict[Annotated[str, Field(pattern=r"^[a-z0-9-]{1,40}$")], Update]
+def _base(text: str) -> str:
+    """The key goes with each request, so the way is TLS, or stays on this machine."""
+    try:
+        url = httpx.URL(text)
+        near = url.scheme == "http" and ip_address(url.host).is_loopback
+    except (httpx.InvalidURL, ValueError):
+        near = False
+        url = httpx.URL()
+    if not (near or (url.scheme == "https" and url.host)) or url.userinfo or url.query or url.fragment:
+        raise ValueError("takes https://HOST, or http:// with an address of this machine")
+    return text.rstrip("/")
+
+
+class PowerDns(BaseModel):
+    """PowerDNS's own HTTP API: https://doc.powerdns.com/authoritative/http-api/zone.html"""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    kind: Literal["powerdns"]
+    url: Annotated[str, AfterValidator(_base)]
+    api_key: Annotated[SecretStr, AfterValidator(_is_header)]
+    server: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "localhost"
+    """What PowerDNS calls itself there; `localhost` unless a proxy speaks for several."""
+
+    async def replace(self, zone: DomainName, name: str, kind: str, records: Sequence[Record]) -> None:
+        rrset: dict[str, Any] = {"name": f"{name}.", "type": kind, "changetype": "DELETE"}
+        if records:
+            values = [{"content": record.rdata, "disabled": False} for record in records]
+            rrset |= {"changetype": "REPLACE", "ttl": records[0].ttl, "records": values}
+        url = f"{self.url}/api/v1/servers/{self.server}/zones/{zone}."
+        headers = {"X-API-Key": self.api_key.get_secret_value()}
+        try:
+            # Neither a proxy of the environment nor a redirect is to see the key. Of the answer the status is enough: what else
+            # is said may be long, or slow, or repeat the question.
+            async with (
+                asyncio.timeout(SECONDS),
+                httpx.AsyncClient(trust_env=False, timeout=SECONDS) as client,
+                client.stream("PATCH", url, headers=headers, json={"rrsets": [rrset]}) as answer,
+            ):
+                status = answer.status_code
+        except TimeoutError:
+            raise PublishFailed(f"PowerDNS at {self.url} does not answer within {SECONDS} seconds.") from None
+        except (httpx.HTTPError, OSError) as error:
+            raise PublishFailed(f"PowerDNS at {self.url} does not answer: {type(error).__name__}") from None
+        if status != 204:
+            raise PublishFailed(
+                f"PowerDNS at {self.url} {_REFUSALS.get(status, 'answers').format(zone=zone)} ({status})."
+            )
+
+
+_REFUSALS = {
+    401: "refuses the key",
+    403: "refuses the key",
+    404: "has no zone {zone}",
+    422: "refuses these records of {zone}",
+}
+
+_Publisher = Annotated[Update | PowerDns, Field(discriminator="kind")]
+_PUBLISHERS: TypeAdapter[dict[str, Update | PowerDns]] = TypeAdapter(
+    dict[Annotated[str, Field(pattern=r"^[a-z0-9-]{1,40}$")], _Publisher]
 )
+_MEMBERS = {*Update.model_fields, *PowerDns.model_fields}
 
 
-def load_publishers(path: Path | None) -> dict[str, Update]:
+def load_publishers(path: Path | None) -> dict[str, Update | PowerDns]:
     """Each `[name]` of the file, by its name. Raises PublishersUnusable, also for a file that others may read."""
     if path is None:
         return {}
@@ -97,5 +165,6 @@ def load_publishers(path: Path | None) -> dict[str, Update]:
         return _PUBLISHERS.validate_python(values)
     except ValidationError as error:
         found = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(str(part) for part in found["loc"] if part in (*values, *Update.model_fields))
-        raise PublishersUnusable(f"DNS_FILE: {path}: {place or 'a key'}: {found['msg']}") from None
+        place = ".".join(str(part) for part in found["loc"] if part in (*values, *_MEMBERS))
+        said = found["msg"].removeprefix("Value error, ")
+        raise PublishersUnusable(f"DNS_FILE: {path}: {place or 'a key'}: {said}") from None

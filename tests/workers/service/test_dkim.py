@@ -285,6 +285,22 @@ async def keys_of(site: Site) -> dict[int, str]:
     [
         ("[main]\nkind = 'rfc2136'\n", 0o600, "main.server"),
         ("[main]\nkind = 'bind'\n", 0o600, "main"),
+        (
+            "[main]\nkind = 'powerdns'\nurl = 'http://192.0.2.1:8081'\napi_key = 'hunter2'\n",
+            0o600,
+            "main.url: takes https",
+        ),
+        (
+            "[main]\nkind = 'powerdns'\nurl = 'http://u:hunter2@127.0.0.1'\napi_key = 'x'\n",
+            0o600,
+            "main.url: takes https",
+        ),
+        ("[main]\nkind = 'powerdns'\nurl = 'https://'\napi_key = 'x'\n", 0o600, "main.url: takes https"),
+        (
+            "[main]\nkind = 'powerdns'\nurl = 'https://ns'\napi_key = \"hunter2\\n\"\n",
+            0o600,
+            "main.api_key: takes one line",
+        ),
         ("[main", 0o600, "is no TOML"),
         ("", 0o644, "chmod"),
         (

@@ -1,0 +1,208 @@
+"""PowerDNS by its HTTP API, a real one. (Signed updates are tried in test_dkim.py and tests/mail.)"""
+
+import asyncio
+import secrets
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import dns.exception
+import dns.message
+import dns.query
+import dns.rdatatype
+import httpx
+import pytest
+
+from app.addresses import DomainName
+from app.dns.records import Record
+from app.workers.service import publishers
+from app.workers.service.publishers import PowerDns, PublishFailed, load_publishers
+from tests.conftest import PRIMARY
+from tests.stack.processes import Processes, free_ports
+
+pytestmark = pytest.mark.asyncio
+
+ADDRESS = "127.0.0.33"
+NAME = f"s1._domainkey.{PRIMARY}"
+ZONE = DomainName(PRIMARY)
+SCHEMA = Path("/usr/share/pdns-backend-sqlite3/schema/schema.sqlite3.sql")
+KEY = secrets.token_hex(16)
+
+_CONFIG = """
+local-address={address}
+local-port={dns}
+webserver=yes
+webserver-address={address}
+webserver-port={http}
+webserver-allow-from=127.0.0.0/8
+api=yes
+api-key={key}
+launch=gsqlite3
+gsqlite3-database={directory}/zones.db
+socket-dir={directory}
+cache-ttl=0
+query-cache-ttl=0
+negquery-cache-ttl=0
+zone-cache-refresh-interval=0
+"""
+
+
+class Server:
+    """`close` ends it."""
+
+    def __init__(self) -> None:
+        self.processes = Processes()
+        directory = self.processes.directory
+        self.dns, self.http = free_ports(2)
+        with sqlite3.connect(directory / "zones.db") as database:
+            database.executescript(SCHEMA.read_text())
+        config = _CONFIG.format(address=ADDRESS, dns=self.dns, http=self.http, key=KEY, directory=directory)
+        (directory / "pdns.conf").write_text(config)
+        process = self.processes.start(
+            ["/usr/sbin/pdns_server", f"--config-dir={directory}", "--daemon=no", "--guardian=no"]
+        )
+        for _ in range(200):
+            assert process.poll() is None, (directory / "pdns_server.out").read_text()
+            try:
+                if httpx.get(f"{self.url}/api/v1/servers", headers={"X-API-Key": KEY}, trust_env=False).is_success:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.02)
+        zone = {"name": f"{PRIMARY}.", "kind": "Native", "nameservers": [f"ns1.{PRIMARY}."], "soa_edit_api": "DEFAULT"}
+        made = httpx.post(
+            f"{self.url}/api/v1/servers/localhost/zones", json=zone, headers={"X-API-Key": KEY}, trust_env=False
+        )
+        assert made.status_code == 201, made.text
+
+    @property
+    def url(self) -> str:
+        return f"http://{ADDRESS}:{self.http}"
+
+    def says(self, name: str) -> list[str]:
+        answer = dns.query.tcp(dns.message.make_query(name, "TXT"), ADDRESS, port=self.dns, timeout=5)
+        return sorted(
+            b"".join(rdata.strings).decode()
+            for each in answer.answer
+            if each.rdtype == dns.rdatatype.TXT
+            for rdata in each
+        )
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    made.processes.close()
+
+
+def publisher(running: Server, /, **members: str) -> PowerDns:
+    return PowerDns.model_validate({"kind": "powerdns", "url": running.url, "api_key": KEY, **members})
+
+
+async def test_a_set_of_records_is_replaced_and_taken_away(server: Server) -> None:
+    ours = publisher(server)
+    long = Record(NAME, "TXT", "v=DKIM1; k=rsa; p=" + "A" * 540)
+    for records in ([long], [Record(NAME, "TXT", 'a "quoted" \\ one'), Record(NAME, "TXT", "v=2")], [], []):
+        await ours.replace(ZONE, NAME, "TXT", records)
+        assert server.says(NAME) == sorted(record.value for record in records)
+
+
+async def test_what_stands_beside_it_stays(server: Server) -> None:
+    ours = publisher(server)
+    other = f"other.{PRIMARY}"
+    await ours.replace(ZONE, other, "TXT", [Record(other, "TXT", "stays")])
+    await ours.replace(ZONE, NAME, "TXT", [Record(NAME, "TXT", "goes")])
+    await ours.replace(ZONE, NAME, "TXT", [])
+    assert server.says(other) == ["stays"]
+
+
+@pytest.mark.parametrize(
+    ("members", "zone", "name", "says"),
+    [
+        ({"api_key": "hunter2"}, PRIMARY, NAME, "refuses the key (401)"),
+        ({}, "elsewhere.test", "x.elsewhere.test", "has no zone elsewhere.test (404)"),
+        ({}, PRIMARY, "x.elsewhere.test", f"refuses these records of {PRIMARY} (422)"),
+        ({"server": "another"}, PRIMARY, NAME, "(4"),
+        ({"url": "http://127.0.0.1:9"}, PRIMARY, NAME, "does not answer: ConnectError"),
+    ],
+)
+async def test_a_refusal_is_said_and_changes_nothing(
+    server: Server, members: dict[str, str], zone: str, name: str, says: str
+) -> None:
+    before = server.says(NAME)
+    with pytest.raises(PublishFailed) as failed:
+        await publisher(server, **members).replace(DomainName(zone), name, "TXT", [Record(name, "TXT", "new")])
+    assert says in str(failed.value)
+    assert members.get("api_key", KEY) not in str(failed.value)
+    assert server.says(NAME) == before
+
+
+@asynccontextmanager
+async def rubbish(said: bytes, *, stays: bool) -> AsyncIterator[tuple[str, list[bytes]]]:
+    """Something that listens where PowerDNS should, and what it was told."""
+    told: list[bytes] = []
+    answering: list[asyncio.Task[None]] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        told.append(await reader.read(65536))
+        writer.write(said)
+        with suppress(ConnectionError):
+            await writer.drain()
+            if stays:
+                await reader.read()
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+    listening = await asyncio.start_server(
+        lambda *streams: answering.append(asyncio.create_task(answer(*streams))), "127.0.0.1", 0
+    )
+    async with listening:
+        yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}", told
+        await asyncio.gather(*answering)
+
+
+@pytest.mark.parametrize(
+    ("said", "stays", "says"),
+    [
+        (b"", False, "does not answer: RemoteProtocolError"),
+        (b"\x00\xff rubbish\r\n\r\n", False, "does not answer: RemoteProtocolError"),
+        (b"", True, "does not answer within"),
+        (b"HTTP/1.1 204 No", True, "does not answer within"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n<html>", True, "answers (200)"),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n", False, "answers (302)"),
+        (b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", False, "answers (500)"),
+    ],
+)
+async def test_slow_and_rubbish_answers(
+    server: Server, monkeypatch: pytest.MonkeyPatch, said: bytes, stays: bool, says: str
+) -> None:
+    monkeypatch.setattr(publishers, "SECONDS", 1)
+    async with rubbish(said, stays=stays) as (url, told):
+        with pytest.raises(PublishFailed) as failed:
+            await publisher(server, url=url).replace(ZONE, NAME, "TXT", [])
+    assert says in str(failed.value)
+    assert len(told) == 1, "no redirect is followed"
+
+
+async def test_no_proxy_of_the_environment_sees_the_key(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with rubbish(b"", stays=False) as (url, told):
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, url)
+        await publisher(server).replace(ZONE, NAME, "TXT", [])
+    assert told == []
+
+
+async def test_both_kinds_stand_in_one_file(server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "dns.toml"
+    file.write_text(
+        f'[one]\nkind = "powerdns"\nurl = "{server.url}/"\napi_key = "{KEY}"\n'
+        '[two]\nkind = "rfc2136"\nserver = "192.0.2.53"\nkey_name = "k"\nkey_secret = "eA=="\n'
+    )
+    file.chmod(0o600)
+    found = load_publishers(file)
+    assert {name: each.kind for name, each in found.items()} == {"one": "powerdns", "two": "rfc2136"}
+    await found["one"].replace(ZONE, NAME, "TXT", [Record(NAME, "TXT", "by the file")])
+    assert server.says(NAME) == ["by the file"]
