@@ -37,6 +37,7 @@ from app.routers import (
     summaries,
     tokens,
     users,
+    well_known,
 )
 from app.web import docs, reset_page
 from app.web.audit import Refusals
@@ -196,6 +197,7 @@ def build_app(settings: ApiSettings | None = None, **options: Any) -> FastAPI:
         me,
         tokens,
         health,
+        well_known,
         problems,
     ):
         app.include_router(module.router)

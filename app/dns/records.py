@@ -6,6 +6,7 @@ Sources: RFC 1035 (zone files), RFC 7208 (SPF), RFC 6376 and 8463 (DKIM), RFC 74
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 from app.dns.settings import DomainSettings
 from app.models.dkim_keys import Algorithm
@@ -60,10 +61,22 @@ class Wanted:
     records: tuple[Record, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Where mail programs find what; None: not offered."""
+
+    submissions: int
+    submission: int
+    imaps: int
+    imap: int
+    pop3s: int | None
+
+
 def wanted_records(
-    domain: str, settings: DomainSettings, senders: Sequence[str], keys: Sequence[Record]
+    domain: str, settings: DomainSettings, senders: Sequence[str], keys: Sequence[Record], ports: Ports | None
 ) -> list[Wanted]:
-    """Of a domain whose mailboxes are here. `senders` are mechanisms of SPF, as RFC 7208 has them."""
+    """Of a domain whose mailboxes are here. `senders` are mechanisms of SPF, as RFC 7208 has them; `ports` None: there is no
+    host yet."""
     found = []
     if settings.mx:
         servers = tuple(Record(domain, "MX", f"{10 * place} {name}.") for place, name in enumerate(settings.mx, 1))
@@ -75,7 +88,48 @@ def wanted_records(
     if settings.tls_reports:
         value = f"v=TLSRPTv1; rua=mailto:{settings.tls_reports}"
         found.append(Wanted("tls-rpt", (Record(f"_smtp._tls.{domain}", "TXT", value),)))
+    if settings.mta_sts is not None:
+        value = f"v=STSv1; id={policy_id(settings)};"
+        found.append(Wanted("mta-sts", (Record(f"_mta-sts.{domain}", "TXT", value),)))
+        found.append(Wanted("mta-sts", (Record(f"mta-sts.{domain}", "CNAME", f"{settings.web_name}."),)))
+    if settings.mail_name is not None and ports is not None:
+        found += [Wanted("srv", (record,)) for record in _services(domain, settings.mail_name, ports)]
+        if settings.web_name is not None:
+            found.append(Wanted("autoconfig", (Record(f"autoconfig.{domain}", "CNAME", f"{settings.web_name}."),)))
     return found
+
+
+_MAX_AGE = {"none": 86_400, "testing": 86_400, "enforce": 604_800}
+"""Seconds for which other servers keep a policy. A wrong one in `testing` is soon forgotten."""
+
+
+def mta_sts_policy(settings: DomainSettings) -> str:
+    """The policy file (RFC 8461, section 3.2)."""
+    mode = settings.mta_sts or "none"
+    mx = settings.mx or [] if mode != "none" else []
+    lines = ["version: STSv1", f"mode: {mode}", *(f"mx: {name}" for name in mx), f"max_age: {_MAX_AGE[mode]}"]
+    return "".join(f"{line}\r\n" for line in lines)
+
+
+def policy_id(settings: DomainSettings) -> str:
+    """Another one for each other policy, by which servers see that there is one to fetch."""
+    return sha256(mta_sts_policy(settings).encode()).hexdigest()[:20]
+
+
+def _services(domain: str, name: str, ports: Ports) -> list[Record]:
+    """TLS from the first octet on is preferred (RFC 8314, section 5.1). What is not offered has a dot (RFC 6186, 3.4)."""
+    offered = [
+        ("submissions", 0, ports.submissions),
+        ("submission", 10, ports.submission),
+        ("imaps", 0, ports.imaps),
+        ("imap", 10, ports.imap),
+        ("pop3s", 20, ports.pop3s),
+        ("pop3", 20, None),
+    ]
+    return [
+        Record(f"_{label}._tcp.{domain}", "SRV", f"{priority} 1 {port} {name}." if port else "0 0 0 .")
+        for label, priority, port in offered
+    ]
 
 
 def of_purpose(purpose: str, values: Sequence[str]) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """What the owner of a domain decides about its DNS: `domains.settings`, checked by the one model on both sides."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.addresses import DomainName, OutsideAddress
 
@@ -23,3 +23,19 @@ class DomainSettings(BaseModel):
     dmarc_reports: OutsideAddress | None = None
     tls_reports: OutsideAddress | None = None
     """Where reports about TLS go (RFC 8460). None: nowhere."""
+    mail_name: DomainName | None = None
+    """By which name mail programs reach the server, as its certificate has it. None: they are told nothing (RFC 6186)."""
+    web_name: DomainName | None = None
+    """Where this API answers from outside, also as `mta-sts.DOMAIN` and `autoconfig.DOMAIN`, with certificates for both. None:
+    it does not."""
+    mta_sts: Literal["none", "testing", "enforce"] | None = None
+    """Whether other servers may send to the MX over verified TLS alone (RFC 8461). `none` takes an earlier policy back. None:
+    there never was one."""
+
+    @model_validator(mode="after")
+    def _policy_can_be_fetched(self) -> Self:
+        if self.mta_sts is not None and self.web_name is None:
+            raise ValueError("mta_sts wants web_name: other servers fetch the policy from there")
+        if self.mta_sts in ("testing", "enforce") and not self.mx:
+            raise ValueError("mta_sts wants mx: the policy lists those names")
+        return self

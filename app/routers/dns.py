@@ -22,7 +22,7 @@ Domain = Annotated[DomainName, Path(description="The domain.")]
 
 
 class DnsRecordBody(BaseModel):
-    purpose: Literal["mx", "spf", "dkim", "dmarc", "tls-rpt"]
+    purpose: Literal["mx", "spf", "dkim", "dmarc", "tls-rpt", "mta-sts", "srv", "autoconfig"]
     name: str
     type: str
     values: list[str] = Field(description="What should be there. Of TXT the whole text, without quotes.")
@@ -51,7 +51,7 @@ async def get_domain_dns(
         Literal["json", "zone"], Query(alias="format", description="`zone`: lines for the zone file.")
     ] = "json",
 ) -> Response:
-    """MX and DMARC as the domain's settings say, SPF from its senders, DKIM, TLS reports.
+    """As the domain's settings, senders, keys and hosts say: MX, SPF, DKIM, DMARC, TLS reports, MTA-STS, SRV, autoconfig.
 
     Every name server of the zone is asked for this answer, which may take some seconds.
     """

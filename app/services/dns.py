@@ -4,14 +4,18 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.addresses import DomainName
-from app.dns.records import Wanted, wanted_records
-from app.errors import DomainIsRelay
+from app.dns.autoconfig import autoconfig
+from app.dns.records import Ports, Wanted, mta_sts_policy, wanted_records
+from app.dns.settings import DomainSettings
+from app.errors import BadAddress, DomainIsRelay, NotFound
 from app.models.dkim_keys import DkimState, dkim_keys
 from app.models.domain_senders import domain_senders
 from app.models.domains import DomainKind
+from app.models.hosts import hosts
 from app.services.dkim_keys import DKIM_KEYS, record_of
 from app.services.domain_senders import mechanism
 from app.services.domains import domain_settings, get_domain
+from app.services.hosts import effective_settings
 
 
 async def read_wanted_records(connection: AsyncConnection, name: DomainName) -> list[Wanted]:
@@ -24,4 +28,51 @@ async def read_wanted_records(connection: AsyncConnection, name: DomainName) -> 
     there = (dkim_keys.c.domain_id == domain.id) & (dkim_keys.c.state != DkimState.REMOVED.value)
     rows = await connection.execute(DKIM_KEYS.where(there).order_by(dkim_keys.c.id))
     keys = [record for row in rows if (record := record_of(row)) is not None]
-    return wanted_records(name, domain_settings(domain.settings), senders, keys)
+    return wanted_records(name, domain_settings(domain.settings), senders, keys, await _ports(connection))
+
+
+async def _ports(connection: AsyncConnection) -> Ports | None:
+    """Those of the first host: all have the same accounts."""
+    query = select(hosts.c.settings).where(hosts.c.enabled).order_by(hosts.c.name).limit(1)
+    stored = (await connection.execute(query)).scalar_one_or_none()
+    if stored is None:
+        return None
+    settings = effective_settings(stored)
+    return Ports(
+        settings["submissions_port"],
+        settings["submission_port"],
+        settings["imaps_port"],
+        settings["imap_port"],
+        settings["pop3s_port"] if settings["pop3_enabled"] else None,
+    )
+
+
+async def read_policy(connection: AsyncConnection, host: str) -> str:
+    """The MTA-STS policy that is fetched from `mta-sts.DOMAIN`. Raises NotFound for any other host name."""
+    label, _, domain = host.partition(".")
+    settings = await _settings_of(connection, domain) if label == "mta-sts" else None
+    if settings is None or settings.mta_sts is None:
+        raise NotFound("Here is no MTA-STS policy of that name.")
+    return mta_sts_policy(settings)
+
+
+async def read_autoconfig(connection: AsyncConnection, host: str, address: str) -> bytes:
+    """For Thunderbird: by the name that it asks, `autoconfig.DOMAIN` or `DOMAIN`, or else by the address that it asks about.
+
+    The same for every address of a domain, whether or not there is such an account. Raises NotFound.
+    """
+    ports = await _ports(connection)
+    for domain in (host.removeprefix("autoconfig."), host, address.rpartition("@")[2]):
+        settings = await _settings_of(connection, domain)
+        if ports is not None and settings is not None and settings.mail_name is not None:
+            return autoconfig(domain.lower(), settings.mail_name, ports)
+    raise NotFound("Here is nothing about the mail of that domain.")
+
+
+async def _settings_of(connection: AsyncConnection, text: str) -> DomainSettings | None:
+    """None for what is no domain whose mailboxes are here."""
+    try:
+        row = await get_domain(connection, DomainName(text))
+    except (BadAddress, NotFound):
+        return None
+    return None if row.kind == DomainKind.RELAY else domain_settings(row.settings)

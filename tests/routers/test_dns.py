@@ -8,7 +8,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from app.addresses import DomainName
 from app.dns.records import Record
+from app.workers.service.publishers import Update
 from tests.conftest import PRIMARY
 from tests.routers.name_servers import SERVERS, NameServers
 
@@ -81,6 +83,33 @@ async def test_each_record_says_whether_it_is_live_and_why_not(client: httpx.Asy
     zone.add("ns2", Record(PRIMARY, "TXT", "v=spf1 -all"))
     two = (await client.get(URL)).json()
     assert (two["ok"], two["records"][0]["ok"]) == (False, False), "two SPF records are an error (RFC 7208, 4.5)"
+
+
+@pytest.mark.usefixtures("asking")
+async def test_each_kind_of_record_is_seen_to_be_live(client: httpx.AsyncClient, zone: NameServers) -> None:
+    settings = {"web_name": "api.example.net", "mail_name": "Mail.example.net", "mta_sts": "enforce"}
+    await fill(client)
+    assert (await client.patch(f"/v1/domains/{PRIMARY}", json={"settings": settings})).status_code == 200
+    found = (await client.get(URL)).json()
+    kinds = ["mx", "spf", "dmarc", "tls-rpt", "mta-sts", "mta-sts", *["srv"] * 6, "autoconfig"]
+    assert [record["purpose"] for record in found["records"]] == kinds
+    assert not any(record["ok"] for record in found["records"])
+    for address in SERVERS.values():
+        publisher = Update.model_validate(
+            {"kind": "rfc2136", "server": address, "port": zone.port, **zone.tsig._asdict()}
+        )
+        for each in found["records"]:
+            values = [Record(each["name"], each["type"], value) for value in each["values"]]
+            await publisher.replace(DomainName(PRIMARY), each["name"], each["type"], values)
+    whole = (await client.get(URL)).json()
+    assert (whole["ok"], [record["problem"] for record in whole["records"]]) == (True, [None] * len(kinds))
+    await publisher.replace(DomainName(PRIMARY), f"_imaps._tcp.{PRIMARY}", "SRV", [])
+    lacks = [record["name"] for record in (await client.get(URL)).json()["records"] if not record["ok"]]
+    assert lacks == [f"_imaps._tcp.{PRIMARY}"]
+    for address in SERVERS.values():  # for the test on the other database
+        publisher = publisher.model_copy(update={"server": address})
+        for each in found["records"]:
+            await publisher.replace(DomainName(PRIMARY), each["name"], each["type"], [])
 
 
 async def test_name_servers_that_cannot_be_found_are_a_problem_and_no_error(client: httpx.AsyncClient) -> None:
