@@ -27,11 +27,11 @@ def access(demo: Demo, client: httpx.Client, ask: Ask) -> None:
 
 
 def guesses(demo: Demo, client: httpx.Client) -> None:
-    for number in range(3):
+    for number in range(4):
         expect(refused(demo, f"wrong {number}", source=THIEF), "a wrong password opens it")
     expect(refused(demo, PASSWORD, source=THIEF), "guessing goes on")
     expect(not refused(demo, PASSWORD), "the owner is locked out")
-    demo.line("guessed: after three wrong passwords that address gets nothing more, the owner is not touched")
+    demo.line("guessed: after four wrong passwords that address gets nothing more, the owner is not touched")
     for lockout in client.get("/v1/lockouts", params={"login": ALICE}).json()["items"]:
         client.delete(f"/v1/lockouts/{lockout['id']}").raise_for_status()
     expect(not refused(demo, PASSWORD, source=THIEF), "the lockout was not lifted")

@@ -70,7 +70,7 @@ class Demo:
             ISSUER=self.url,
             KEY_DIRECTORY=str(base / "keys"),
             AUTH_POLICY_KEY_FILE=str(base / "policy.key"),
-            GUESSES_PER_PAIR="3",
+            GUESSES_PER_PAIR="4",
             TARPIT_SECONDS="0",
             **links,
         )

@@ -1,7 +1,6 @@
 """/v1/domains/{domain}/dns: which records the domain should have, and what its name servers answer."""
 
-import asyncio
-from dataclasses import replace
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query
@@ -9,16 +8,23 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from app.addresses import DomainName
-from app.dns.ask import DnsUnclear, Server, all_say, ask_all, find_servers
-from app.dns.records import Wanted, of_purpose
+from app.dns.checks import check_records
+from app.models.dns_checks import Health
 from app.routers.shapes import CONFLICT, NOT_FOUND, CanReadDomains
 from app.services import dns as service
 from app.web.answers import answer
-from app.web.dependencies import Call, Route
+from app.web.dependencies import Route
 
 router = APIRouter(prefix="/v1/domains/{domain}/dns", tags=["Domains"], route_class=Route)
 
 Domain = Annotated[DomainName, Path(description="The domain.")]
+
+
+class LiveBody(BaseModel):
+    server: str
+    address: str
+    values: list[str] | None = Field(description="Of SPF only such records. Null: it did not say.")
+    problem: str | None = Field(description="Why it did not.")
 
 
 class DnsRecordBody(BaseModel):
@@ -27,6 +33,7 @@ class DnsRecordBody(BaseModel):
     type: str
     values: list[str] = Field(description="What should be there. Of TXT the whole text, without quotes.")
     zone: list[str] = Field(description="The same as lines of a zone file.")
+    live: list[LiveBody] = Field(description="What each name server answers.")
     ok: bool = Field(description="Every name server of the zone answers so.")
     problem: str | None = Field(description="Which one does not, and what it answers instead.")
 
@@ -59,41 +66,39 @@ async def get_domain_dns(
     if form == "zone":
         lines = [record.zone_line for each in wanted for record in each.records]
         return Response("".join(f"{line}\n" for line in lines), media_type="text/plain")
-    settings = call.service.settings
-    servers: list[Server] = []
-    problem = None
-    try:
-        async with asyncio.timeout(2 * settings.dns_seconds):
-            servers = await find_servers(domain, settings)
-    except DnsUnclear as error:
-        problem = str(error)
-    except TimeoutError:
-        problem = f"The name servers of {domain} did not answer in time."
-    records = await asyncio.gather(*(_judged(call, servers, each, problem) for each in wanted))
+    checked = await check_records(domain, wanted, call.service.settings)
     body = {
         "domain": domain,
-        "ok": all(record["ok"] for record in records),
-        "servers": [f"{server.name} ({server.address})" for server in servers],
-        "records": records,
+        "ok": checked.status is Health.OK,
+        "servers": [f"{server.name} ({server.address})" for server in checked.servers],
+        "records": checked.records,
     }
     return answer(call, body)
 
 
-async def _judged(call: Call, servers: list[Server], wanted: Wanted, problem: str | None) -> dict[str, Any]:
-    first, values = wanted.records[0], [record.value for record in wanted.records]
-    if problem is None:
-        answers = await ask_all(servers, first.name, first.type, call.service.settings)
-        relevant = [
-            each if each.values is None else replace(each, values=of_purpose(wanted.purpose, each.values))
-            for each in answers
-        ]
-        problem = all_say(relevant, values)
-    return {
-        "purpose": wanted.purpose,
-        "name": first.name,
-        "type": first.type,
-        "values": values,
-        "zone": [record.zone_line for record in wanted.records],
-        "ok": problem is None,
-        "problem": problem,
-    }
+class HealthBody(BaseModel):
+    """What the service process has seen last."""
+
+    domain: str
+    status: Health = Field(
+        description="`ok`; `wrong`: a name server says something else; `unknown`: not all could be asked, or not yet."
+    )
+    checked_at: datetime | None = Field(description="Null: never yet.")
+    records: list[DnsRecordBody]
+
+
+@router.get(
+    "/health",
+    response_model=HealthBody,
+    summary="Read whether a domain's DNS records are live",
+    responses={**NOT_FOUND, **CONFLICT},
+)
+async def get_domain_dns_health(domain: Domain, call: CanReadDomains) -> Response:
+    """As they were when the service process looked last: every ten minutes, every minute while something is wrong, and after
+    each change of what should be there. Asks nobody now, so monitoring may read it often.
+    """
+    checked = await call.read(service.read_health, domain)
+    body: dict[str, Any] = {"domain": domain, "status": Health.UNKNOWN, "checked_at": None, "records": []}
+    if checked is not None:
+        body |= {"status": checked.status, "checked_at": checked.checked_at, "records": checked.records}
+    return answer(call, body)

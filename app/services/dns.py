@@ -1,6 +1,8 @@
 """Which DNS records a domain should have, from its settings, senders and DKIM keys."""
 
-from sqlalchemy import select
+from typing import Any
+
+from sqlalchemy import Row, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.addresses import DomainName
@@ -9,6 +11,7 @@ from app.dns.records import Ports, Wanted, mta_sts_policy, wanted_records
 from app.dns.settings import DomainSettings
 from app.errors import BadAddress, DomainIsRelay, NotFound
 from app.models.dkim_keys import DkimState, dkim_keys
+from app.models.dns_checks import dns_checks
 from app.models.domain_senders import domain_senders
 from app.models.domains import DomainKind
 from app.models.hosts import hosts
@@ -29,6 +32,16 @@ async def read_wanted_records(connection: AsyncConnection, name: DomainName) -> 
     rows = await connection.execute(DKIM_KEYS.where(there).order_by(dkim_keys.c.id))
     keys = [record for row in rows if (record := record_of(row)) is not None]
     return wanted_records(name, domain_settings(domain.settings), senders, keys, await _ports(connection))
+
+
+async def read_health(connection: AsyncConnection, name: DomainName) -> Row[Any] | None:
+    """What was seen last; None: nothing yet. Raises NotFound and DomainIsRelay."""
+    domain = await get_domain(connection, name)
+    if domain.kind == DomainKind.RELAY:
+        raise DomainIsRelay(f"{name} is a relay domain: the host that has its mailboxes answers for its DNS.")
+    query = select(dns_checks).where(dns_checks.c.domain_id == domain.id)
+    row: Row[Any] | None = (await connection.execute(query)).one_or_none()
+    return row
 
 
 async def _ports(connection: AsyncConnection) -> Ports | None:

@@ -7,7 +7,7 @@ nobody publishes, somebody enters the record by hand meanwhile.
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
@@ -54,12 +54,21 @@ class Waiting(Exception):
 class Keys:
     """All of them. `key` is that of the links: it shows that a probe is ours."""
 
-    def __init__(self, database: Database, settings: ServiceSettings, key: bytes, clock: Clock) -> None:
+    def __init__(
+        self,
+        database: Database,
+        settings: ServiceSettings,
+        key: bytes,
+        clock: Clock,
+        published: Callable[[int], None] = lambda domain_id: None,
+    ) -> None:
+        """`published` is told of each domain whose records may be others now."""
         self.database = database
         self.settings = settings
         self.publishers: Mapping[str, Publisher] = load_publishers(settings.dns_file)
         self._clock = clock
         self._key = key
+        self._published = published
         self._probes = None if settings.returns_maildir is None else Probes(settings.returns_maildir, key)
         self._retention = timedelta(days=settings.dkim_retention_days)
         self._watch = timedelta(seconds=settings.dns_watch_seconds)
@@ -99,6 +108,7 @@ class Keys:
         problems = dict(zip(by_domain, await asyncio.gather(*map(look_at, by_domain)), strict=True))
         for taken in claimed:
             await self._end_job(taken, problems.get(taken.subject_id))
+            self._published(taken.subject_id)
 
     async def _due(self, now: datetime, asked_for: set[int]) -> Sequence[Row[Any]]:
         c = dkim_keys.c

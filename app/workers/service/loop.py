@@ -29,6 +29,7 @@ from app.services.users import API, SERVICE, Rights, due_for_purge, purge_user
 from app.workers.service.audit_chain import Chain
 from app.workers.service.bounces import Returns
 from app.workers.service.dkim import Keys
+from app.workers.service.dns_checks import DnsChecks
 from app.workers.service.mail import ATTEMPTS, Postman
 
 KEEP_KEYS = timedelta(hours=24)
@@ -59,6 +60,7 @@ async def run_service(settings: ServiceSettings, *, clock: Clock = utc_now) -> N
             try:
                 more = await parts.round(stopping)
                 parts.keys.begin_round()
+                parts.checks.begin_round()
             except Exception as error:  # whatever it is, the next round tries again
                 more = False
                 if not is_lost(error):
@@ -75,6 +77,7 @@ async def run_service(settings: ServiceSettings, *, clock: Clock = utc_now) -> N
     finally:
         stopped.cancel()
         await parts.keys.close()
+        await parts.checks.close()
         listener.close()
         await database.close()
         log.info("service_stopped")
@@ -90,7 +93,8 @@ class Parts:
         self.postman = Postman(database, settings, key, _rights(database), clock)
         self.returns = None if settings.returns_maildir is None else Returns(settings.returns_maildir, key)
         self.chain = Chain(database, settings)
-        self.keys = Keys(database, settings, key, clock)
+        self.checks = DnsChecks(database, settings, clock)
+        self.keys = Keys(database, settings, key, clock, self.checks.ask)
         self._tidied_at: datetime | None = None
         self._said = ""
 

@@ -1,0 +1,102 @@
+"""Looks at the DNS of each domain now and then, and writes down what it sees; `GET …/dns/health` reads it."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import Row, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
+
+from app.addresses import DomainName
+from app.config import ServiceSettings
+from app.db import Clock, Database, end_tasks
+from app.dns.checks import check_records
+from app.errors import CacertMailError
+from app.log import log
+from app.models.dns_checks import Health, dns_checks
+from app.models.domains import DomainKind, domains
+from app.services.dns import read_wanted_records
+
+STEADY = timedelta(minutes=10)
+WRONG = timedelta(minutes=1)
+AT_ONCE = 4
+"""Domains whose name servers are asked side by side."""
+BATCH = 100
+"""Domains of one round."""
+
+
+class DnsChecks:
+    """One round at a time, beside the service's loop, which a slow name server must not hold up."""
+
+    def __init__(self, database: Database, settings: ServiceSettings, clock: Clock) -> None:
+        self.database = database
+        self.settings = settings
+        self._clock = clock
+        self._asked: set[int] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    def ask(self, domain_id: int) -> None:
+        """Its turn comes in the next round."""
+        self._asked.add(domain_id)
+
+    def begin_round(self) -> None:
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._guarded())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            await end_tasks(self._task)
+
+    async def _guarded(self) -> None:
+        try:
+            await self.round()
+        except Exception as error:  # the next round tries again; the loop beside says when the database is away
+            log.warning("dns_round_failed", kind=type(error).__name__, error=str(error)[:200])
+
+    async def round(self) -> None:
+        asked, self._asked = self._asked, set()
+        turn = asyncio.Semaphore(AT_ONCE)
+
+        async def look_at(row: Row[Any]) -> None:
+            async with turn:
+                await self._check(row)
+
+        await asyncio.gather(*map(look_at, await self._due(asked)))
+
+    async def _due(self, asked: set[int]) -> Sequence[Any]:
+        """Never looked at, or the longest ago, first."""
+        now, c = self._clock(), dns_checks.c
+        due = or_(
+            c.checked_at.is_(None),
+            c.checked_at <= now - STEADY,
+            (c.status != Health.OK.value) & (c.checked_at <= now - WRONG),
+            domains.c.id.in_(asked),
+        )
+        query = (
+            select(domains.c.id, domains.c.name)
+            .outerjoin(dns_checks, c.domain_id == domains.c.id)
+            .where(domains.c.kind != DomainKind.RELAY.value, due)
+            .order_by(c.checked_at.is_not(None), c.checked_at)
+            .limit(BATCH)
+        )
+        async with self.database.read.connect() as connection:
+            rows: Sequence[Any] = (await connection.execute(query)).all()
+            return rows
+
+    async def _check(self, row: Row[Any]) -> None:
+        try:
+            async with self.database.read.connect() as connection:
+                wanted = await read_wanted_records(connection, DomainName(row.name))
+        except CacertMailError:
+            return  # it was removed at this moment
+        checked = await check_records(row.name, wanted, self.settings)
+        values = {"status": checked.status.value, "records": checked.records, "checked_at": self._clock()}
+        async with self.database.write.begin() as connection:
+            changed = await connection.execute(
+                update(dns_checks).where(dns_checks.c.domain_id == row.id).values(**values)
+            )
+            if changed.rowcount == 0:
+                with suppress(IntegrityError):  # as above
+                    await connection.execute(insert(dns_checks).values(domain_id=row.id, **values))
