@@ -12,12 +12,15 @@ from fastapi import FastAPI
 from sqlalchemy import select, update
 
 from app.db import Database
+from app.models.app_passwords import app_passwords
 from app.models.password_resets import password_resets
+from app.models.principals import principal_keys, principals
 from app.models.users import users
 from app.permissions import Permission, Role
 from app.web.throttle import Throttle
 from tests.conftest import PRIMARY, anonymous
 from tests.routers.accounts import credentials_of, make_user
+from tests.web.test_permissions import WHO
 
 pytestmark = pytest.mark.asyncio
 
@@ -172,3 +175,65 @@ async def test_a_mail_job_does_not_tell_whether_there_is_somebody(
     for job in jobs:
         assert (await website.get(f"/v1/jobs/{job['id']}")).status_code == 404
         assert (await client.get(f"/v1/jobs/{job['id']}")).status_code == 200
+
+
+# Every operation that changes an account or a principal, from the routes themselves
+
+BODIES: dict[tuple[str, str], dict[str, Any] | None] = {
+    ("PATCH", "/v1/users/{user}"): {"display_name": "Somebody else"},
+    ("DELETE", "/v1/users/{user}"): None,
+    ("POST", "/v1/users/{user}/restore"): None,
+    ("POST", "/v1/users/{user}/purge"): None,
+    ("POST", "/v1/users/{user}/lock"): None,
+    ("POST", "/v1/users/{user}/unlock"): None,
+    ("PUT", "/v1/users/{user}/password"): {"password": "seven green lanterns over the harbour"},
+    ("POST", "/v1/users/{user}/app-passwords"): {"name": "x", "protocols": ["imap"]},
+    ("DELETE", "/v1/users/{user}/app-passwords/{app_password}"): None,
+    ("POST", "/v1/users/{user}/owner-tokens"): None,
+    ("PATCH", "/v1/principals/{principal}"): {"name": "Somebody else"},
+    ("POST", "/v1/principals/{principal}/rotate"): {"overlap_seconds": 0},
+    ("POST", "/v1/principals/{principal}/certificates"): {"fingerprint": "0b" * 32},
+    ("POST", "/v1/principals/{principal}/keys/{key}/revoke"): None,
+}
+FIRST = {
+    "/v1/users/{user}/restore": [("DELETE", "/v1/users/{user}")],
+    "/v1/users/{user}/purge": [("DELETE", "/v1/users/{user}")],
+    "/v1/users/{user}/unlock": [("POST", "/v1/users/{user}/lock")],
+}
+"""What the account must have gone through before."""
+
+
+async def test_every_such_operation_is_tried() -> None:
+    about = ("/v1/users/{user}", "/v1/principals/{principal}")
+    assert {each for each in WHO if each[0] != "GET" and each[1].startswith(about)} == set(BODIES)
+
+
+@pytest.mark.parametrize(("method", "path"), BODIES)
+async def test_each_is_refused_below_and_taken_beside(
+    client: httpx.AsyncClient, chief: httpx.AsyncClient, caller: Make, seeded: Database, method: str, path: str
+) -> None:
+    """The same request, by a secondary and by another primary: only the rank differs."""
+    me = (await chief.get("/v1/me")).json()["id"]
+    key = (await client.get(f"/v1/principals/{me}")).json()["keys"][0]["id"]
+    app_password = await chief.post("/v1/users/1/app-passwords", json={"name": "phone", "protocols": ["imap"]})
+    values = {"user": 1, "principal": me, "key": key, "app_password": app_password.json()["id"]}
+    for verb, before in FIRST.get(path, []):
+        answer = await client.request(verb, before.format_map(values))
+        assert answer.is_success, answer.text
+
+    async def state() -> list[Any]:
+        async with seeded.read.connect() as connection:
+            return [
+                (await connection.execute(select(table).order_by(*table.primary_key))).all()
+                for table in (users, principals, principal_keys, app_passwords)
+            ]
+
+    body = BODIES[method, path]
+    for role in (Role.SECONDARY, *([Role.WEBSITE] if path.endswith("owner-tokens") else [])):
+        lower = await caller(role)
+        unchanged = await state()
+        answer = await lower.request(method, path.format_map(values), json=body)
+        assert outranked(answer), (role, answer.text)
+        assert await state() == unchanged
+    answer = await client.request(method, path.format_map(values), json=body)
+    assert answer.is_success, answer.text
