@@ -51,7 +51,7 @@ from typing import Any, NoReturn
 from bench.aliases import measure_aliases
 from bench.audit import measure_audit
 from bench.auth_policy import measure_auth_policy
-from bench.mail import measure_lookups, measure_message
+from bench.mail import measure_lookups, measure_message, measure_signing
 from bench.measures import QUICK, Http, Ready, Sizes, measure_argon2, measure_http, measure_ready, measure_worker
 from bench.policy import measure_policy
 from bench.resets import measure_confirm, measure_timing
@@ -178,6 +178,7 @@ def measure(system: System, wanted: set[str], sizes: Sizes, results: Results) ->
     if "mail" in wanted:
         say("mail")
         results.add("mail: submission to IMAP, p50", measure_message(system, sizes.messages), "ms", "<= 20")
+        results.add("mail: what two DKIM signatures add, p50", measure_signing(system, sizes.messages), "ms", "<= 8")
         for name, now in measure_lookups(system, sizes.lookups).items():
             ratio = now / lookups[name]
             results.add(f"mail: {name}, {sizes.few} against {sizes.many}", ratio, "times slower", f"<= {GROWTH:g}")
