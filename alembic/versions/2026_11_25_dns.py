@@ -18,6 +18,7 @@ UNNUMBERED = {**TABLE, "sqlite_autoincrement": False}
 
 def upgrade() -> None:
     op.add_column("domains", sa.Column("settings", sa.JSON(), server_default=sa.text("('{}')"), nullable=False))
+    op.add_column("domains", sa.Column("publish_version", sa.Integer(), server_default=sa.text("0"), nullable=False))
     op.create_table(
         "dkim_keys",
         sa.Column("id", big_integer(), autoincrement=True, nullable=False),
@@ -72,6 +73,8 @@ def upgrade() -> None:
         sa.Column("domain_id", big_integer(), autoincrement=False, nullable=False),
         sa.Column("status", ascii_string(8), nullable=False),
         sa.Column("records", sa.JSON(), nullable=False),
+        sa.Column("published_version", sa.Integer(), nullable=False),
+        sa.Column("published", sa.JSON(), nullable=False),
         sa.Column("checked_at", Timestamp(), nullable=False),
         sa.CheckConstraint("status IN ('ok', 'wrong', 'unknown')", name="status"),
         sa.ForeignKeyConstraint(["domain_id"], ["domains.id"], ondelete="CASCADE"),

@@ -29,6 +29,10 @@ class DnsCheck(SQLModel, table=True):
     status: str = Field(sa_column=sa.Column(ascii_string(8), nullable=False))
     records: list[dict[str, Any]] = Field(sa_column=sa.Column(sa.JSON(), nullable=False))
     """Each record that the domain should have: what is live, whether that is right, and why not."""
+    published_version: int = Field(sa_column=sa.Column(sa.Integer(), nullable=False))
+    """Up to this `domains.publish_version` it was done: every name server had said so."""
+    published: list[list[str]] = Field(sa_column=sa.Column(sa.JSON(), nullable=False))
+    """Name and type of what the publisher entered, and takes away when it is wanted no more."""
     checked_at: datetime = Field(sa_column=timestamp(nullable=False))
 
 

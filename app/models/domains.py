@@ -37,6 +37,10 @@ class Domain(SQLModel, table=True):
     """Of the first row only: raised by every change of what leads to what, so that two such changes are in conflict."""
     settings: dict[str, Any] = Field(sa_column=sa.Column(sa.JSON(), nullable=False, server_default=sa.text("('{}')")))
     """What its DNS should say; see `app.dns.settings`. No secret."""
+    publish_version: int = Field(
+        default=0, sa_column=sa.Column(sa.Integer(), nullable=False, server_default=sa.text("0"))
+    )
+    """Raised each time that somebody wants the records, but for the keys', entered by the publisher."""
     version: int = Field(sa_column=sa.Column(sa.Integer(), nullable=False))
     created_at: datetime = Field(sa_column=timestamp(nullable=False))
     updated_at: datetime = Field(sa_column=timestamp(nullable=False))

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from app.addresses import DomainName
 from app.dns.checks import check_records
 from app.models.dns_checks import Health
-from app.routers.shapes import CONFLICT, NOT_FOUND, CanReadDomains
+from app.routers.shapes import CONFLICT, IDEMPOTENCY_KEY, NOT_FOUND, CanReadDomains, CanWriteDomains, takes
 from app.services import dns as service
 from app.web.answers import answer
 from app.web.dependencies import Route
@@ -84,6 +84,9 @@ class HealthBody(BaseModel):
         description="`ok`; `wrong`: a name server says something else; `unknown`: not all could be asked, or not yet."
     )
     checked_at: datetime | None = Field(description="Null: never yet.")
+    publishing: bool = Field(
+        description="The publisher was told to enter the records, and not all servers have them yet."
+    )
     records: list[DnsRecordBody]
 
 
@@ -98,7 +101,37 @@ async def get_domain_dns_health(domain: Domain, call: CanReadDomains) -> Respons
     each change of what should be there. Asks nobody now, so monitoring may read it often.
     """
     checked = await call.read(service.read_health, domain)
-    body: dict[str, Any] = {"domain": domain, "status": Health.UNKNOWN, "checked_at": None, "records": []}
+    body: dict[str, Any] = {
+        "domain": domain,
+        "status": Health.UNKNOWN,
+        "checked_at": None,
+        "publishing": False,
+        "records": [],
+    }
     if checked is not None:
-        body |= {"status": checked.status, "checked_at": checked.checked_at, "records": checked.records}
+        body |= {name: getattr(checked, name) for name in ("status", "checked_at", "records")}
+        body["publishing"] = bool(checked.publishing)
     return answer(call, body)
+
+
+class PublicationBody(BaseModel):
+    domain: str
+    job: int = Field(description="/v1/jobs/{job} tells when it was begun; `publishing` of the health, when it is done.")
+
+
+@router.post(
+    "/publish",
+    status_code=202,
+    response_model=PublicationBody,
+    summary="Have the records entered by the domain's publisher",
+    responses={**NOT_FOUND, **CONFLICT},
+    openapi_extra=takes(IDEMPOTENCY_KEY),
+)
+async def publish_domain_dns(domain: Domain, call: CanWriteDomains) -> Response:
+    """All but those of DKIM keys, which are published as the keys' steps come. Beside SPF other texts of the domain stay.
+
+    What was entered so before and is no longer wanted is taken away. Nothing else is touched. Tried until every name server
+    says the records; `GET …/dns/health` shows it.
+    """
+    job = await call.write(service.request_publication, domain)
+    return answer(call, {"domain": domain, "job": job}, status=202, location=f"/v1/jobs/{job}")

@@ -2,22 +2,24 @@
 
 from typing import Any
 
-from sqlalchemy import Row, select
+from sqlalchemy import Row, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.addresses import DomainName
 from app.dns.autoconfig import autoconfig
 from app.dns.records import Ports, Wanted, mta_sts_policy, wanted_records
 from app.dns.settings import DomainSettings
-from app.errors import BadAddress, DomainIsRelay, NotFound
+from app.errors import BadAddress, DomainIsRelay, NoPublisher, NotFound
 from app.models.dkim_keys import DkimState, dkim_keys
 from app.models.dns_checks import dns_checks
 from app.models.domain_senders import domain_senders
-from app.models.domains import DomainKind
+from app.models.domains import DomainKind, domains
 from app.models.hosts import hosts
+from app.services.audit_events import record_event
+from app.services.changes import Change
 from app.services.dkim_keys import DKIM_KEYS, record_of
 from app.services.domain_senders import mechanism
-from app.services.domains import domain_settings, get_domain
+from app.services.domains import domain_settings, get_domain, publish_domain
 from app.services.hosts import effective_settings
 
 
@@ -34,12 +36,34 @@ async def read_wanted_records(connection: AsyncConnection, name: DomainName) -> 
     return wanted_records(name, domain_settings(domain.settings), senders, keys, await _ports(connection))
 
 
+async def request_publication(change: Change, name: DomainName) -> int:
+    """The service process has the records entered, and tries until every name server says them. Returns the job's id.
+
+    Raises NotFound, DomainIsRelay, NoPublisher.
+    """
+    domain = await get_domain(change.connection, name)
+    if domain.kind == DomainKind.RELAY:
+        raise DomainIsRelay(f"{name} is a relay domain: the host that has its mailboxes answers for its DNS.")
+    publisher = domain_settings(domain.settings).publisher
+    if publisher is None:
+        raise NoPublisher(f"{name} has no publisher.")
+    await change.connection.execute(
+        update(domains).where(domains.c.id == domain.id).values(publish_version=domains.c.publish_version + 1)
+    )
+    await record_event(change, "domains.publish", "domain", name, after={"publisher": publisher})
+    return await publish_domain(change, domain.id)
+
+
 async def read_health(connection: AsyncConnection, name: DomainName) -> Row[Any] | None:
     """What was seen last; None: nothing yet. Raises NotFound and DomainIsRelay."""
     domain = await get_domain(connection, name)
     if domain.kind == DomainKind.RELAY:
         raise DomainIsRelay(f"{name} is a relay domain: the host that has its mailboxes answers for its DNS.")
-    query = select(dns_checks).where(dns_checks.c.domain_id == domain.id)
+    query = (
+        select(dns_checks, (dns_checks.c.published_version < domains.c.publish_version).label("publishing"))
+        .join(domains, domains.c.id == dns_checks.c.domain_id)
+        .where(dns_checks.c.domain_id == domain.id)
+    )
     row: Row[Any] | None = (await connection.execute(query)).one_or_none()
     return row
 

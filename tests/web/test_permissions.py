@@ -56,6 +56,7 @@ WHO: dict[tuple[str, str], tuple[str, str]] = {
     ("POST", "/v1/domains"): (Permission.DOMAINS_WRITE, ""),
     ("GET", "/v1/domains/{domain}"): (Permission.DOMAINS_READ, "auditor website"),
     ("GET", "/v1/domains/{domain}/dns"): (Permission.DOMAINS_READ, "auditor website"),
+    ("POST", "/v1/domains/{domain}/dns/publish"): (Permission.DOMAINS_WRITE, ""),
     ("GET", "/v1/domains/{domain}/dns/health"): (Permission.DOMAINS_READ, "auditor website"),
     ("PATCH", "/v1/domains/{domain}"): (Permission.DOMAINS_WRITE, ""),
     ("DELETE", "/v1/domains/{domain}"): (Permission.DOMAINS_WRITE, ""),

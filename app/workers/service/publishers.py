@@ -13,19 +13,28 @@ from typing import Annotated, Any, Literal, Protocol
 
 import dns.asyncquery
 import dns.exception
+import dns.message
 import dns.name
 import dns.rcode
+import dns.rdata
 import dns.tsig
 import dns.tsigkeyring
 import dns.update
 import httpx
+import orjson
+from dns.rdataclass import IN
+from dns.rdatatype import TXT
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 
 from app.addresses import DomainName
-from app.dns.records import Record
+from app.dns.records import TTL, Record, of_purpose
 
 SECONDS = 10
 """For all that one publisher is asked at once."""
+
+
+LARGEST_ZONE = 32 * 2**20
+"""Octets of a zone that an older PowerDNS, which knows no filter, shows as a whole."""
 
 
 class PublishFailed(Exception):
@@ -33,8 +42,11 @@ class PublishFailed(Exception):
 
 
 class Publisher(Protocol):
-    async def replace(self, zone: DomainName, name: str, kind: str, records: Sequence[Record]) -> None:
-        """All records of this name and type become these; none: they go. Raises PublishFailed."""
+    async def replace(
+        self, zone: DomainName, name: str, kind: str, records: Sequence[Record], *, purpose: str = ""
+    ) -> None:
+        """All records of this name and type become these; none: they go. With `purpose` only those that matter to it, as
+        `of_purpose` tells: what else is there stays. Raises PublishFailed."""
 
 
 class PublishersUnusable(Exception):
@@ -67,11 +79,25 @@ class Update(BaseModel):
     key_secret: SecretStr
     key_algorithm: Literal["hmac-sha256", "hmac-sha384", "hmac-sha512"] = "hmac-sha256"
 
-    async def replace(self, zone: DomainName, name: str, kind: str, records: Sequence[Record]) -> None:
+    async def replace(
+        self, zone: DomainName, name: str, kind: str, records: Sequence[Record], *, purpose: str = ""
+    ) -> None:
         try:
             keyring = dns.tsigkeyring.from_text({str(self.key_name): self.key_secret.get_secret_value()})
             update = dns.update.UpdateMessage(zone, keyring=keyring, keyalgorithm=f"{self.key_algorithm}.")
-            update.delete(f"{name}.", kind)
+            if purpose == "spf":
+                # Each by its value: what somebody adds at this moment stays too.
+                query = dns.message.make_query(f"{name}.", kind)
+                query.use_tsig(keyring, algorithm=f"{self.key_algorithm}.")
+                present = await dns.asyncquery.tcp(query, self.server, timeout=SECONDS, port=self.port)
+                if present.rcode() not in (dns.rcode.NOERROR, dns.rcode.NXDOMAIN):
+                    said = dns.rcode.to_text(present.rcode())
+                    raise PublishFailed(f"The name server {self.server} does not say what is in {zone}: {said}")
+                for rdata in present.get_rrset(present.answer, query.question[0].name, IN, TXT) or ():
+                    if of_purpose(purpose, [text_of(rdata)]):
+                        update.delete(f"{name}.", rdata)
+            else:
+                update.delete(f"{name}.", kind)
             for record in records:
                 update.add(f"{name}.", record.ttl, kind, record.rdata)
             answer = await dns.asyncquery.tcp(update, self.server, timeout=SECONDS, port=self.port)
@@ -108,30 +134,64 @@ class PowerDns(BaseModel):
     server: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "localhost"
     """What PowerDNS calls itself there; `localhost` unless a proxy speaks for several."""
 
-    async def replace(self, zone: DomainName, name: str, kind: str, records: Sequence[Record]) -> None:
-        rrset: dict[str, Any] = {"name": f"{name}.", "type": kind, "changetype": "DELETE"}
-        if records:
-            values = [{"content": record.rdata, "disabled": False} for record in records]
-            rrset |= {"changetype": "REPLACE", "ttl": records[0].ttl, "records": values}
+    async def replace(
+        self, zone: DomainName, name: str, kind: str, records: Sequence[Record], *, purpose: str = ""
+    ) -> None:
         url = f"{self.url}/api/v1/servers/{self.server}/zones/{zone}."
-        headers = {"X-API-Key": self.api_key.get_secret_value()}
+        values = [{"content": record.rdata, "disabled": False} for record in records]
+        if purpose == "spf":
+            values = await self._foreign(zone, url, name, purpose) + values
+        rrset: dict[str, Any] = {"name": f"{name}.", "type": kind, "changetype": "DELETE"}
+        if values:
+            rrset |= {"changetype": "REPLACE", "ttl": records[0].ttl if records else TTL, "records": values}
+        await self._ask(zone, "PATCH", url, json={"rrsets": [rrset]})
+
+    async def _foreign(self, zone: DomainName, url: str, name: str, purpose: str) -> list[dict[str, Any]]:
+        """The texts of this name that do not matter to the purpose, as PowerDNS has them."""
         try:
-            # Neither a proxy of the environment nor a redirect is to see the key. Of the answer the status is enough: what else
-            # is said may be long, or slow, or repeat the question.
+            said = orjson.loads(await self._ask(zone, "GET", f"{url}?rrset_name={name}.&rrset_type=TXT"))
+            found = [each for each in said["rrsets"] if (each["name"].lower(), each["type"]) == (f"{name}.", "TXT")]
+            return [
+                {"content": record["content"], "disabled": record["disabled"]}
+                for each in found
+                for record in each["records"]
+                if not of_purpose(purpose, [text_of(dns.rdata.from_text(IN, TXT, record["content"]))])
+            ]
+        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError, dns.exception.DNSException):
+            raise PublishFailed(f"PowerDNS at {self.url} does not say what is in {zone}.") from None
+
+    async def _ask(self, zone: DomainName, method: str, url: str, **options: Any) -> bytes:
+        headers = {"X-API-Key": self.api_key.get_secret_value()}
+        said = b""
+        try:
+            # Neither a proxy of the environment nor a redirect is to see the key. What is said of a failure may be long, or
+            # slow, or repeat the question: it is not read.
             async with (
                 asyncio.timeout(SECONDS),
                 httpx.AsyncClient(trust_env=False, timeout=SECONDS) as client,
-                client.stream("PATCH", url, headers=headers, json={"rrsets": [rrset]}) as answer,
+                client.stream(method, url, headers=headers, **options) as answer,
             ):
                 status = answer.status_code
+                if method == "GET" and status == 200:
+                    async for part in answer.aiter_bytes():
+                        said += part
+                        if len(said) > LARGEST_ZONE:
+                            raise PublishFailed(f"PowerDNS at {self.url} says too much of {zone}.")
         except TimeoutError:
             raise PublishFailed(f"PowerDNS at {self.url} does not answer within {SECONDS} seconds.") from None
         except (httpx.HTTPError, OSError) as error:
             raise PublishFailed(f"PowerDNS at {self.url} does not answer: {type(error).__name__}") from None
-        if status != 204:
+        if status != (200 if method == "GET" else 204):
             raise PublishFailed(
                 f"PowerDNS at {self.url} {_REFUSALS.get(status, 'answers').format(zone=zone)} ({status})."
             )
+
+        return said
+
+
+def text_of(rdata: Any) -> str:
+    """The whole string of a TXT record. Octets beyond ASCII are kept apart, so that they are nobody's of ours."""
+    return b"".join(rdata.strings).decode("latin-1")
 
 
 _REFUSALS = {

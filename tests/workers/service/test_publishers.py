@@ -18,8 +18,9 @@ import pytest
 from app.addresses import DomainName
 from app.dns.records import Record
 from app.workers.service import publishers
-from app.workers.service.publishers import PowerDns, PublishFailed, load_publishers
+from app.workers.service.publishers import PowerDns, PublishFailed, Update, load_publishers, text_of
 from tests.conftest import PRIMARY
+from tests.routers.name_servers import NameServers
 from tests.stack.processes import Processes, free_ports
 
 pytestmark = pytest.mark.asyncio
@@ -193,6 +194,53 @@ async def test_no_proxy_of_the_environment_sees_the_key(server: Server, monkeypa
             monkeypatch.setenv(name, url)
         await publisher(server).replace(ZONE, NAME, "TXT", [])
     assert told == []
+
+
+async def test_other_texts_stay_beside_spf(server: Server) -> None:
+    """Those of the domain itself are also other people's: proofs of ownership, for example."""
+    knot = NameServers(PRIMARY, ["ns1"])
+    try:
+        update = Update.model_validate(
+            {"kind": "rfc2136", "server": "127.0.0.31", "port": knot.port, **knot.tsig._asdict()}
+        )
+
+        def in_knot() -> list[str]:
+            found = dns.query.tcp(dns.message.make_query(PRIMARY, "TXT"), "127.0.0.31", port=knot.port, timeout=5)
+            return sorted(text_of(rdata) for each in found.answer if each.rdtype == dns.rdatatype.TXT for rdata in each)
+
+        for ours, says in ((publisher(server), lambda: server.says(PRIMARY)), (update, in_knot)):
+            foreign = ["site-verification=" + "x" * 300, 'quoted " \\ ; one', "v=spf1x is none"]
+            await ours.replace(
+                ZONE, PRIMARY, "TXT", [Record(PRIMARY, "TXT", text) for text in [*foreign, "v=spf1 +all"]]
+            )
+            for values in (["v=spf1 mx -all"], ["v=spf1 mx -all"], ["V=SPF1 a -all"], ["v=spf1 -all"], []):
+                records = [Record(PRIMARY, "TXT", value) for value in values]
+                await ours.replace(ZONE, PRIMARY, "TXT", records, purpose="spf")
+                assert says() == sorted([*foreign, *values])
+            with pytest.raises(PublishFailed):
+                await ours.replace(DomainName("elsewhere.test"), "elsewhere.test", "TXT", [], purpose="spf")
+            await ours.replace(ZONE, PRIMARY, "TXT", [])
+            await ours.replace(ZONE, PRIMARY, "TXT", [Record(PRIMARY, "TXT", "v=spf1 -all")], purpose="spf")
+            await ours.replace(ZONE, PRIMARY, "TXT", [], purpose="spf")
+            assert says() == []
+    finally:
+        knot.close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnone",
+        b'HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n{"rrsets": 1}',
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{",
+    ],
+)
+async def test_nothing_is_written_where_it_is_not_known_what_is_there(server: Server, said: bytes) -> None:
+    async with rubbish(said, stays=False) as (url, told):
+        with pytest.raises(PublishFailed):
+            await publisher(server, url=url).replace(ZONE, PRIMARY, "TXT", [], purpose="spf")
+    assert [each.split()[0] for each in told] == [b"GET"]
 
 
 async def test_both_kinds_stand_in_one_file(server: Server, tmp_path: Path) -> None:
