@@ -201,13 +201,13 @@ class Throttle:
         """As if each password that is being looked at right now were wrong."""
         while self._flights and (first := next(iter(self._flights.items())))[1].at + _IN_FLIGHT <= now:
             self._forget(first[0])
-        here = self._flying_from.get(tried.where, set()) - {(tried.who, tried.guess)}
+        here = self._flying_from.get(tried.where, ())
         flying = [where for where, guess in self._flying.get(tried.who, ()) if guess != tried.guess]
         return replace(
             seen,
             login=seen.login + len(flying),
             pair=seen.pair + flying.count(tried.where),
-            network=seen.network + len(here),
+            network=seen.network + len(here) - ((tried.who, tried.guess) in here),
         )
 
     def _fly(self, tried: Try, flight: _Flight) -> None:
