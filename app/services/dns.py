@@ -50,7 +50,7 @@ async def request_publication(change: Change, name: DomainName) -> int:
     await change.connection.execute(
         update(domains).where(domains.c.id == domain.id).values(publish_version=domains.c.publish_version + 1)
     )
-    await record_event(change, "domains.publish", "domain", name, after={"publisher": publisher})
+    await record_event(change, "dns.publish", "domain", name, after={"publisher": publisher})
     return await publish_domain(change, domain.id)
 
 
