@@ -67,10 +67,12 @@ class Churn:
         async with asyncio.TaskGroup() as group:
             for number in range(ACCOUNTS):
                 group.create_task(self.account(f"u{number}"))
-        async with asyncio.timeout(60):  # On a slow machine the first kills come before anything was made.
-            while sum(self.accepted(name) for name in self.ids) <= ACCOUNTS:
-                await asyncio.sleep(0.1)
+        # On a slow machine the first kills come before anything was made.
+        await until(self.enough_was_taken, seconds=60)
         self.over = True
+
+    async def enough_was_taken(self) -> bool:
+        return sum(map(self.accepted, self.ids)) > ACCOUNTS
 
     def accepted(self, name: str) -> int:
         return self.sent[name, 250]
