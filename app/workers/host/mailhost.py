@@ -15,7 +15,6 @@ import socket
 import ssl
 import struct
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -333,9 +332,7 @@ async def _ask_table(port: int, key: str) -> str:
             writer.write(f"get {key}\n".encode("ascii"))
             answer = (await reader.readline()).decode("ascii", "replace").strip()
         finally:
-            writer.close()
-            with suppress(OSError):
-                await writer.wait_closed()
+            writer.transport.abort()
     code, _, text = answer.partition(" ")
     if code != "200":
         raise ValueError(f"{port} answers {answer[:200] or 'nothing'}")
@@ -432,7 +429,7 @@ async def _ask_port(address: str, port: Port) -> bytes | str:
                 greeting = await reader.readline()
                 shown: bytes = writer.get_extra_info("ssl_object").getpeercert(True) if port.tls else b""
             finally:
-                writer.close()
+                writer.transport.abort()  # close() would wait for the program's own end of TLS, half a minute at most
     except (OSError, TimeoutError, ValueError) as error:
         return str(error) or type(error).__name__
     return shown if greeting.startswith((b"220", b"* OK", b"+OK")) else "it does not greet"
