@@ -3,8 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ROOT_PACKAGES := mariadb-server mariadb-client postfix postfix-mysql postfix-lmdb dovecot-core dovecot-imapd dovecot-pop3d \
-	dovecot-lmtpd dovecot-mysql rspamd postsrsd
-TEST_PACKAGES := $(ROOT_PACKAGES) chromium nginx-light php-cli php-curl curl libcap2-bin e2fsprogs mount systemd fail2ban knot \
+	dovecot-lmtpd dovecot-mysql rspamd postsrsd knot
+TEST_PACKAGES := $(ROOT_PACKAGES) chromium nginx-light php-cli php-curl curl libcap2-bin e2fsprogs mount systemd fail2ban \
 	pdns-server pdns-backend-sqlite3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -1,6 +1,6 @@
 """`make bench`: how fast it is, measured in one run, on real programs. Run it as root, on Debian, when nothing else runs.
 
-    python -m bench [--only NAME]… [--quick]
+    python -m bench [--only NAME]… [--quick] [--messages N]
 
 A private MariaDB on a real disk (`innodb_flush_log_at_trx_commit=1`: each commit is on it before it returns) with schema and
 grants of production, a private Postfix and Dovecot whose homes lie in /dev/shm, so that syncing them costs nothing here; the
@@ -36,6 +36,9 @@ goals are shares of `hello`, taken in the same round; three rounds, of which the
               answers for it; ten thousand at once: how often the file was made anew; how long that takes for so many lines
     mail      a message on an open submission connection, with rspamd and the policy process, until an open IMAP connection
               sees it; single lookups with 1,000 accounts against 100,000
+    dkim      a DKIM key rotated on a host of its own, with a name server on loopback: from the request until rspamd signs
+              with the new key, and until its probe has verified; and again under mail, of which each message is to verify
+              (`--messages` of them at least)
 
 Each figure is a row of `bench/results.json`: name, value, unit, goal, and whether it holds; `null` where there is no goal.
 The exit status is 1 when a goal is missed. Everything is stopped and removed at the end, also on Ctrl-C.
@@ -51,6 +54,7 @@ from typing import Any, NoReturn
 from bench.aliases import measure_aliases
 from bench.audit import measure_audit
 from bench.auth_policy import measure_auth_policy
+from bench.dkim import measure_rotations
 from bench.mail import measure_lookups, measure_message, measure_signing
 from bench.measures import QUICK, Http, Ready, Sizes, measure_argon2, measure_http, measure_ready, measure_worker
 from bench.policy import measure_policy
@@ -62,7 +66,7 @@ HTTP = {"get": 20, "post": 7, "list": 5}
 """And the share of `hello`, in percent, that each is to reach."""
 NAMES = (
     *("hello", *HTTP, "argon2", "worker", "ready", "sweep", "growth", "audit"),
-    *("policy", "auth-policy", "resets", "aliases", "mail"),
+    *("policy", "auth-policy", "resets", "aliases", "mail", "dkim"),
 )
 GROWTH = 1.5
 RESULTS = Path(__file__).with_name("results.json")
@@ -184,6 +188,15 @@ def measure(system: System, wanted: set[str], sizes: Sizes, results: Results) ->
             results.add(f"mail: {name}, {sizes.few} against {sizes.many}", ratio, "times slower", f"<= {GROWTH:g}")
 
 
+def measure_dkim(count: int, messages: int, results: Results) -> None:
+    say("dkim")
+    found = measure_rotations(count, messages)
+    results.add("dkim: rotate to the new key signing, p50", found.signs, "s", "<= 3")
+    results.add("dkim: rotate to its probe verified, p50", found.proved, "s")
+    results.add(f"dkim: messages during {count} rotations or more", found.messages, "messages")
+    results.add("dkim: messages that fail to verify", found.wrong, "messages", "<= 0")
+
+
 def add_http(results: Results, http: dict[str, Http]) -> None:
     for name, figures in http.items():
         results.add(f"{name}: rate", figures.rate, "request/s")
@@ -203,14 +216,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench", description="How fast it is, on the real programs.")
     parser.add_argument("--only", action="append", choices=NAMES, help="only this figure; may be given several times")
     parser.add_argument("--quick", action="store_true", help="small sizes: to try the bench itself")
+    parser.add_argument("--messages", type=int, default=0, help="of dkim: so many at least go out meanwhile")
     options = parser.parse_args()
+    wanted = set(options.only or NAMES)
+    sizes = QUICK if options.quick else Sizes()
     os.chdir(Path(__file__).parents[1])
     if os.geteuid() != 0 or missing_packages():
         refuse(f"It runs as root, with these packages missing: {' '.join(missing_packages()) or 'none'}")
     results = Results()
     try:
-        with running() as system:
-            measure(system, set(options.only or NAMES), QUICK if options.quick else Sizes(), results)
+        if wanted - {"dkim"}:
+            with running() as system:
+                measure(system, wanted, sizes, results)
+        if "dkim" in wanted:
+            measure_dkim(sizes.rotations, options.messages, results)
     except KeyboardInterrupt:
         refuse("Stopped; nothing is left.")
     RESULTS.write_text(json.dumps(results.rows, indent=1, ensure_ascii=False) + "\n")

@@ -33,6 +33,7 @@ class Sizes:
     lookups: int = 40
     resets: int = 2_000
     confirms: int = 25
+    rotations: int = 20
 
 
 QUICK = Sizes(
@@ -48,6 +49,7 @@ QUICK = Sizes(
     lookups=10,
     resets=300,
     confirms=5,
+    rotations=3,
 )
 
 

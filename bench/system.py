@@ -87,7 +87,7 @@ class System:
 
     def start(self) -> None:
         self.mariadb.start(durable=True)
-        self.mariadb.create_database(lambda url: asyncio.run(_migrate(url)))
+        self.mariadb.create_database(create_schema)
         self.mariadb.apply_grants()
         self.mail.start(self.mariadb)
         self.keys = self.processes.directory / "keys"
@@ -269,10 +269,15 @@ class Api:
 _ENVIRONMENT = {"LOG_LEVEL": "warning", "LOG_FORMAT": "json", "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
-async def _migrate(url: str) -> None:
-    database = Database(url)
-    await upgrade_database(database)
-    await database.close()
+def create_schema(url: str) -> None:
+    """By the migrations."""
+
+    async def migrate() -> None:
+        database = Database(url)
+        await upgrade_database(database)
+        await database.close()
+
+    asyncio.run(migrate())
 
 
 @contextmanager

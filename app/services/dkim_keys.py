@@ -72,6 +72,7 @@ DKIM_KEYS: Select[Any] = select(
     domains.c.name.label("domain"),
     domains.c.settings,
     applied.c.version.label("applied_version"),
+    applied.c.applied_at,
     applied.c.revision,
     applied.c.proofs,
     applied.c.result,
@@ -356,6 +357,8 @@ def next_step(row: Row[Any], publisher: str | None) -> str:
             return "A probe is sent, signed with it; when that came back and verified, those that it replaces retire."
         case DkimState.ACTIVE:
             return "Nothing is left to do: it signs until a rotation replaces it."
+        case DkimState.RETIRING if row.applied_version != row.version:
+            return f"The host {row.host} is to say that it signs no more with it; a retention time after that it is revoked."
         case DkimState.RETIRING if publisher:
             return f"{due} it is revoked: the publisher {publisher} empties `p=` in its record."
         case DkimState.RETIRING:

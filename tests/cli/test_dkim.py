@@ -23,7 +23,7 @@ from app.cli.dkim import public_half
 from app.dns.records import dkim_record
 from app.models.dkim_keys import Algorithm
 from tests.conftest import HOST
-from tests.routers.name_servers import SERVERS, NameServers
+from tests.stack.name_servers import SERVERS, NameServers
 from tests.web.site import Site, site
 
 __all__ = ["site"]

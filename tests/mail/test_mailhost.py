@@ -1,7 +1,6 @@
 """The configuration as code, on a running mail host: compared, checked, installed, proved; by hand and by `mailhost.sync`."""
 
 import asyncio
-import json
 import os
 import socket
 import ssl
@@ -34,7 +33,7 @@ from app.workers.host.sweep import sweep
 from tests.conftest import ACTOR
 from tests.stack.accounts import NOW
 from tests.stack.certificates import make_certificates
-from tests.stack.mail import HOST, PRIMARY_DOMAIN, MailStack
+from tests.stack.mail import HOST, PRIMARY_DOMAIN, MailStack, write_host_file
 from tests.stack.mariadb import MariaDB
 from tests.stack.processes import run
 from tests.workers.host.machine import environment
@@ -50,22 +49,6 @@ def stack(mariadb: MariaDB) -> Iterator[MailStack]:
     stack.start(mariadb)
     yield stack
     stack.close()
-
-
-def toml(value: Any) -> str:
-    if isinstance(value, SecretStr):
-        value = value.get_secret_value()
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(toml, value))}]"
-    return json.dumps(value if isinstance(value, bool | int) else str(value))
-
-
-def write_host_file(stack: MailStack, **changed: Any) -> Path:
-    path = stack.directory / "host.toml"
-    values = {name: changed.get(name, value) for name, value in stack.file if changed.get(name, value) is not None}
-    path.touch(mode=0o600)
-    path.write_text("".join(f"{name} = {toml(value)}\n" for name, value in values.items()))
-    return path
 
 
 @pytest.fixture

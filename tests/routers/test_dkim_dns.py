@@ -14,7 +14,7 @@ from app.dns.records import Record
 from app.models.dkim_keys import Algorithm, DkimState
 from tests.conftest import ISSUER, PRIMARY, TestDatabase
 from tests.routers.keys import KEYS, bring_to, make_key, public_key
-from tests.routers.name_servers import SERVERS, NameServers
+from tests.stack.name_servers import SERVERS, NameServers
 
 pytestmark = pytest.mark.asyncio
 

@@ -624,13 +624,20 @@ async def test_of_two_changes_at_one_moment_one_is_refused(client: httpx.AsyncCl
     assert (await client.get(f"{KEYS}/202611a")).json()["state"] == "unpublished"
 
 
-async def test_the_next_step_is_one_sentence_each(client: httpx.AsyncClient, seeded: Database) -> None:
+async def test_the_next_step_is_one_sentence_each(
+    client: httpx.AsyncClient, seeded: Database, worker_database: Database
+) -> None:
     key = await make_key(client)
     seen = set()
     for publisher, who in ((None, "hand"), ("knot", "publisher knot")):
         await client.patch(f"/v1/domains/{PRIMARY}", json={"settings": {"publisher": publisher}})
         for state in list(DkimState)[1:]:
-            await bring_to(seeded, key, state, due_at=datetime(2026, 12, 1, 6, 30, tzinfo=UTC))
+            version = await bring_to(seeded, key, state, due_at=datetime(2026, 12, 1, 6, 30, tzinfo=UTC))
+            if state is DkimState.RETIRING:
+                step = (await client.get(f"{KEYS}/202611a")).json()["next_step"]
+                assert "signs no more" in step
+                assert step.endswith(".")
+            await apply_key(worker_database, {**key, "version": version})
             step = (await client.get(f"{KEYS}/202611a")).json()["next_step"]
             assert step.endswith(".")
             if state in (DkimState.UNPUBLISHED, DkimState.RETIRING, DkimState.REVOKED):

@@ -12,7 +12,7 @@ from app.addresses import DomainName
 from app.dns.records import Record
 from app.workers.service.publishers import Update
 from tests.conftest import PRIMARY
-from tests.routers.name_servers import SERVERS, NameServers
+from tests.stack.name_servers import SERVERS, NameServers
 
 pytestmark = pytest.mark.asyncio
 

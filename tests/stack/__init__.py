@@ -1,4 +1,5 @@
-"""A private MariaDB, Postfix, Dovecot, rspamd and policy process, for tests, `make demo` and the bench. Nothing is simulated.
+"""A private MariaDB, Postfix, Dovecot, rspamd, policy process and name servers, for tests, `make demo` and the bench. Nothing
+is simulated.
 
 What a stranger needs to know:
 
@@ -28,7 +29,16 @@ What a stranger needs to know:
 import subprocess
 
 PACKAGES = ["mariadb-server", "mariadb-client", "postfix", "postfix-mysql", "postfix-lmdb"]
-PACKAGES += ["dovecot-core", "dovecot-imapd", "dovecot-pop3d", "dovecot-lmtpd", "dovecot-mysql", "rspamd", "postsrsd"]
+PACKAGES += [
+    "dovecot-core",
+    "dovecot-imapd",
+    "dovecot-pop3d",
+    "dovecot-lmtpd",
+    "dovecot-mysql",
+    "rspamd",
+    "postsrsd",
+    "knot",
+]
 
 
 def missing_packages() -> list[str]:

@@ -34,7 +34,11 @@ def stack(mariadb: MariaDB, mail_stack: MailStack) -> MailStack:
 
 @pytest.fixture
 def account(mariadb: MariaDB, stack: MailStack) -> Account:
-    """Makes an account and its home as the API and the worker would. Returns the home."""
+    return account_maker(mariadb, stack)
+
+
+def account_maker(mariadb: MariaDB, stack: MailStack) -> Account:
+    """What makes an account and its home as the API and the worker would, and returns the home."""
     made: list[str] = []
 
     def make(

@@ -1,6 +1,7 @@
 """A private Postfix, Dovecot and rspamd with the very configuration that production gets, and the policy process."""
 
 import imaplib
+import json
 import os
 import poplib
 import shutil
@@ -16,6 +17,7 @@ from email.policy import SMTP
 from email.utils import make_msgid
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
+from typing import Any
 
 from pydantic import SecretStr
 
@@ -395,3 +397,20 @@ def write(files: Mapping[str, ConfigFile], directory: Path) -> None:
         path.chmod(file.mode)
         shutil.chown(path, "root", file.group)
         os.utime(path, (minute_ago, minute_ago))
+
+
+def write_host_file(stack: MailStack, **changed: Any) -> Path:
+    """`HOST_FILE` of this host, for a worker. What is changed to None is left out."""
+    path = stack.directory / "host.toml"
+    values = {name: changed.get(name, value) for name, value in stack.file if changed.get(name, value) is not None}
+    path.touch(mode=0o600)
+    path.write_text("".join(f"{name} = {_toml(value)}\n" for name, value in values.items()))
+    return path
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        value = value.get_secret_value()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value if isinstance(value, bool | int) else str(value))

@@ -174,6 +174,7 @@ class Keys:
                 await self._publish(row, record_of(row))
                 raise Waiting
             case DkimState.RETIRING if row.due_at <= now:
+                self._check_signs_no_more(row, now)
                 revoked = Record(dkim_name(row.selector, row.domain), "TXT", f"v=DKIM1; k={_family(row)}; p=")
                 await self._publish(row, revoked)
                 return await self._set(row, DkimState.REVOKED, due_at=now + self._retention)
@@ -208,6 +209,13 @@ class Keys:
         if row.active_at is not None and row.active_at <= now - PROBE_LATE:
             raise Waiting("No probe has come back yet whose signature verifies.")
         raise Waiting
+
+    def _check_signs_no_more(self, row: Row[Any], now: datetime) -> None:
+        """Raises Waiting as long as mail that the host signed with it may be on its way: whoever gets it needs the record."""
+        if row.applied_version != row.version or (row.proofs or {}).get("signing", {}).get("result") != "ok":
+            raise Waiting(f"The host {row.host} has not said yet that it signs no more with it.")
+        if now < row.applied_at + self._retention:
+            raise Waiting
 
     async def _take_over(self, row: Row[Any], now: datetime) -> None:
         """It verifies, so those that it replaces need sign no more: one transaction."""

@@ -25,7 +25,7 @@ from app.services.domains import change_domain
 from app.workers.service.dkim import Keys
 from app.workers.service.publishers import PublishersUnusable, load_publishers
 from tests.conftest import ACTOR, PRIMARY, Clock, TestDatabase
-from tests.routers.name_servers import NameServers
+from tests.stack.name_servers import NameServers
 
 pytestmark = pytest.mark.asyncio
 
@@ -161,6 +161,13 @@ async def test_by_hand_from_its_making_to_its_end(site: Site, zone: NameServers)
     await site.service()
     assert await site.state(old) == "retiring", "mail under way needs it"
 
+    await site.service(later=DAYS)
+    row = await site.row(old)
+    assert (row.state, "has not said yet" in row.problem) == ("retiring", True), "the host may still sign with it"
+    await site.host(old)
+    await site.service()
+    row = await site.row(old)
+    assert (row.state, row.problem) == ("retiring", None), "what it signed last is under way"
     await site.service(later=DAYS)
     assert "answers: v=DKIM1" in (await site.row(old)).problem
     revoked = Record(record(row).name, "TXT", "v=DKIM1; k=ed25519; p=")

@@ -25,7 +25,7 @@ from app.workers.service.dkim import Keys
 from app.workers.service.dns_checks import DnsChecks
 from app.workers.service.publishers import Update, load_publishers, text_of
 from tests.conftest import ACTOR, PRIMARY, Clock, TestDatabase
-from tests.routers.name_servers import NameServers
+from tests.stack.name_servers import NameServers
 
 pytestmark = pytest.mark.asyncio
 

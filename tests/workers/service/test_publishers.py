@@ -1,9 +1,6 @@
 """PowerDNS by its HTTP API, a real one. (Signed updates are tried in test_dkim.py and tests/mail.)"""
 
 import asyncio
-import secrets
-import sqlite3
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -12,7 +9,6 @@ import dns.exception
 import dns.message
 import dns.query
 import dns.rdatatype
-import httpx
 import pytest
 
 from app.addresses import DomainName
@@ -20,89 +16,26 @@ from app.dns.records import Record
 from app.workers.service import publishers
 from app.workers.service.publishers import PowerDns, PublishFailed, Update, load_publishers, text_of
 from tests.conftest import PRIMARY
-from tests.routers.name_servers import NameServers
-from tests.stack.processes import Processes, free_ports
+from tests.stack.name_servers import NameServers, PowerDnsServer
 
 pytestmark = pytest.mark.asyncio
 
-ADDRESS = "127.0.0.33"
 NAME = f"s1._domainkey.{PRIMARY}"
 ZONE = DomainName(PRIMARY)
-SCHEMA = Path("/usr/share/pdns-backend-sqlite3/schema/schema.sqlite3.sql")
-KEY = secrets.token_hex(16)
-
-_CONFIG = """
-local-address={address}
-local-port={dns}
-webserver=yes
-webserver-address={address}
-webserver-port={http}
-webserver-allow-from=127.0.0.0/8
-api=yes
-api-key={key}
-launch=gsqlite3
-gsqlite3-database={directory}/zones.db
-socket-dir={directory}
-cache-ttl=0
-query-cache-ttl=0
-negquery-cache-ttl=0
-zone-cache-refresh-interval=0
-"""
-
-
-class Server:
-    """`close` ends it."""
-
-    def __init__(self) -> None:
-        self.processes = Processes()
-        directory = self.processes.directory
-        self.dns, self.http = free_ports(2)
-        with sqlite3.connect(directory / "zones.db") as database:
-            database.executescript(SCHEMA.read_text())
-        config = _CONFIG.format(address=ADDRESS, dns=self.dns, http=self.http, key=KEY, directory=directory)
-        (directory / "pdns.conf").write_text(config)
-        process = self.processes.start(
-            ["/usr/sbin/pdns_server", f"--config-dir={directory}", "--daemon=no", "--guardian=no"]
-        )
-        for _ in range(200):
-            assert process.poll() is None, (directory / "pdns_server.out").read_text()
-            try:
-                if httpx.get(f"{self.url}/api/v1/servers", headers={"X-API-Key": KEY}, trust_env=False).is_success:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.02)
-        zone = {"name": f"{PRIMARY}.", "kind": "Native", "nameservers": [f"ns1.{PRIMARY}."], "soa_edit_api": "DEFAULT"}
-        made = httpx.post(
-            f"{self.url}/api/v1/servers/localhost/zones", json=zone, headers={"X-API-Key": KEY}, trust_env=False
-        )
-        assert made.status_code == 201, made.text
-
-    @property
-    def url(self) -> str:
-        return f"http://{ADDRESS}:{self.http}"
-
-    def says(self, name: str) -> list[str]:
-        answer = dns.query.tcp(dns.message.make_query(name, "TXT"), ADDRESS, port=self.dns, timeout=5)
-        return sorted(
-            b"".join(rdata.strings).decode()
-            for each in answer.answer
-            if each.rdtype == dns.rdatatype.TXT
-            for rdata in each
-        )
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    made = Server()
+def server() -> Iterator[PowerDnsServer]:
+    made = PowerDnsServer(PRIMARY)
     yield made
-    made.processes.close()
+    made.close()
 
 
-def publisher(running: Server, /, **members: str) -> PowerDns:
-    return PowerDns.model_validate({"kind": "powerdns", "url": running.url, "api_key": KEY, **members})
+def publisher(running: PowerDnsServer, /, **members: str) -> PowerDns:
+    return PowerDns.model_validate({"kind": "powerdns", "url": running.url, "api_key": running.key, **members})
 
 
-async def test_a_set_of_records_is_replaced_and_taken_away(server: Server) -> None:
+async def test_a_set_of_records_is_replaced_and_taken_away(server: PowerDnsServer) -> None:
     ours = publisher(server)
     long = Record(NAME, "TXT", "v=DKIM1; k=rsa; p=" + "A" * 540)
     for records in ([long], [Record(NAME, "TXT", 'a "quoted" \\ one'), Record(NAME, "TXT", "v=2")], [], []):
@@ -110,7 +43,7 @@ async def test_a_set_of_records_is_replaced_and_taken_away(server: Server) -> No
         assert server.says(NAME) == sorted(record.value for record in records)
 
 
-async def test_what_stands_beside_it_stays(server: Server) -> None:
+async def test_what_stands_beside_it_stays(server: PowerDnsServer) -> None:
     ours = publisher(server)
     other = f"other.{PRIMARY}"
     await ours.replace(ZONE, other, "TXT", [Record(other, "TXT", "stays")])
@@ -130,13 +63,13 @@ async def test_what_stands_beside_it_stays(server: Server) -> None:
     ],
 )
 async def test_a_refusal_is_said_and_changes_nothing(
-    server: Server, members: dict[str, str], zone: str, name: str, says: str
+    server: PowerDnsServer, members: dict[str, str], zone: str, name: str, says: str
 ) -> None:
     before = server.says(NAME)
     with pytest.raises(PublishFailed) as failed:
         await publisher(server, **members).replace(DomainName(zone), name, "TXT", [Record(name, "TXT", "new")])
     assert says in str(failed.value)
-    assert members.get("api_key", KEY) not in str(failed.value)
+    assert members.get("api_key", server.key) not in str(failed.value)
     assert server.says(NAME) == before
 
 
@@ -178,7 +111,7 @@ async def rubbish(said: bytes, *, stays: bool) -> AsyncIterator[tuple[str, list[
     ],
 )
 async def test_slow_and_rubbish_answers(
-    server: Server, monkeypatch: pytest.MonkeyPatch, said: bytes, stays: bool, says: str
+    server: PowerDnsServer, monkeypatch: pytest.MonkeyPatch, said: bytes, stays: bool, says: str
 ) -> None:
     monkeypatch.setattr(publishers, "SECONDS", 1)
     async with rubbish(said, stays=stays) as (url, told):
@@ -188,7 +121,9 @@ async def test_slow_and_rubbish_answers(
     assert len(told) == 1, "no redirect is followed"
 
 
-async def test_no_proxy_of_the_environment_sees_the_key(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_proxy_of_the_environment_sees_the_key(
+    server: PowerDnsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with rubbish(b"", stays=False) as (url, told):
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
             monkeypatch.setenv(name, url)
@@ -196,7 +131,7 @@ async def test_no_proxy_of_the_environment_sees_the_key(server: Server, monkeypa
     assert told == []
 
 
-async def test_other_texts_stay_beside_spf(server: Server) -> None:
+async def test_other_texts_stay_beside_spf(server: PowerDnsServer) -> None:
     """Those of the domain itself are also other people's: proofs of ownership, for example."""
     knot = NameServers(PRIMARY, ["ns1"])
     try:
@@ -236,17 +171,17 @@ async def test_other_texts_stay_beside_spf(server: Server) -> None:
         b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{",
     ],
 )
-async def test_nothing_is_written_where_it_is_not_known_what_is_there(server: Server, said: bytes) -> None:
+async def test_nothing_is_written_where_it_is_not_known_what_is_there(server: PowerDnsServer, said: bytes) -> None:
     async with rubbish(said, stays=False) as (url, told):
         with pytest.raises(PublishFailed):
             await publisher(server, url=url).replace(ZONE, PRIMARY, "TXT", [], purpose="spf")
     assert [each.split()[0] for each in told] == [b"GET"]
 
 
-async def test_both_kinds_stand_in_one_file(server: Server, tmp_path: Path) -> None:
+async def test_both_kinds_stand_in_one_file(server: PowerDnsServer, tmp_path: Path) -> None:
     file = tmp_path / "dns.toml"
     file.write_text(
-        f'[one]\nkind = "powerdns"\nurl = "{server.url}/"\napi_key = "{KEY}"\n'
+        f'[one]\nkind = "powerdns"\nurl = "{server.url}/"\napi_key = "{server.key}"\n'
         '[two]\nkind = "rfc2136"\nserver = "192.0.2.53"\nkey_name = "k"\nkey_secret = "eA=="\n'
     )
     file.chmod(0o600)
