@@ -30,7 +30,6 @@ def measure_rotations(count: int, messages: int) -> Rotations:
     """`count` rotations on an idle host, and as many while mail goes out from `SENDERS` connections, until there are
     `messages` of it."""
     mariadb, mail = MariaDB(), MailStack()
-    mail.extra = ""
     try:
         mariadb.start(durable=True)
         mariadb.create_database(create_schema)

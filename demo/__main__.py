@@ -17,6 +17,8 @@ from demo.access import access
 from demo.site import ALICE, BOB, NEW_PASSWORD, PASSWORD, SUCCESSOR_PASSWORD, Ask, Demo, closed, expect, refused
 from tests.stack import missing_packages
 from tests.stack.mail import PRIMARY_DOMAIN
+from tests.stack.processes import wait_until
+from tests.stack.traffic import traffic
 
 POSTMASTER, PR = f"postmaster@{PRIMARY_DOMAIN}", f"pr@{PRIMARY_DOMAIN}"
 
@@ -49,6 +51,7 @@ def tell(demo: Demo) -> None:
         demo.line("read: the message over IMAPS")
         aliases_and_senders(demo, ask, home)
         access(demo, client, ask)
+        signatures(demo, client)
         session = demo.mail.imap(ALICE, NEW_PASSWORD)
         ask("PATCH", f"/v1/users/{ALICE}", {"state": "suspended", "suspended_reason": "Lost the phone"})
         expect(closed(session), "the open session goes on")
@@ -95,6 +98,34 @@ def aliases_and_senders(demo: Demo, ask: Ask, home: Path) -> None:
     expect(500 <= code < 600, f"a forged From is taken: {code} {words}")
     demo.line(f"forged: alice with bob in From is refused with {code}")
     print(f"            {words}")
+
+
+def signatures(demo: Demo, client: httpx.Client) -> None:
+    """Two keys, the second of them while mail goes out."""
+    client.patch(f"/v1/domains/{PRIMARY_DOMAIN}", json={"settings": {"publisher": "main"}}).raise_for_status()
+    keys = f"/v1/domains/{PRIMARY_DOMAIN}/dkim-keys"
+
+    def rotated() -> list[str]:
+        """Until the new key is proved; all states."""
+        began = client.post(f"{keys}/rotate")
+        began.raise_for_status()
+
+        def is_proved() -> bool:
+            [new, *_] = sorted(client.get(keys).json()["items"], key=lambda key: key["id"], reverse=True)
+            return bool(new["proved_at"])
+
+        expect(wait_until(is_proved, seconds=20), f"the key does not sign: {client.get(keys).text}")
+        return [key["state"] for key in client.get(keys).json()["items"]]
+
+    expect(rotated() == ["active"], "there are other keys")
+    demo.line(
+        "DKIM: a key was made on the host, its record is at the name server, mail is signed, a probe has verified"
+    )
+    with traffic(demo.mail, demo.elsewhere, demo.names, (ALICE, NEW_PASSWORD)) as mail:
+        expect(sorted(rotated()) == ["active", "retiring"], "the old key did not retire")
+    demo.line("rotated: the new key signs and is proved, the old one retires")
+    expect(len(mail.judged) > 10 and not mail.wrong, f"unsigned or not verified: {mail.wrong}")
+    print("            each message that alice sent meanwhile was signed, and verified when it arrived elsewhere")
 
 
 def submitted(demo: Demo, login: str, envelope: str, header: str) -> tuple[int, str]:

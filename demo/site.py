@@ -19,11 +19,13 @@ from app.models.domains import DomainKind
 from app.permissions import Role
 from app.services.changes import Actor, Change
 from app.services.domains import create_domain
-from app.services.hosts import create_host
+from app.services.hosts import change_host, create_host
 from app.services.principals import create_principal
-from tests.stack.mail import HOST, PRIMARY_DOMAIN, MailStack
+from tests.stack.mail import HOST, PRIMARY_DOMAIN, MailStack, write_host_file
 from tests.stack.mariadb import MariaDB
+from tests.stack.name_servers import NameServers
 from tests.stack.processes import Processes, free_ports
+from tests.stack.sink import Sink
 
 ALICE, BOB = f"alice@{PRIMARY_DOMAIN}", f"bob@{PRIMARY_DOMAIN}"
 PASSWORD = "seven green lanterns over the harbour"
@@ -39,6 +41,7 @@ class Demo:
 
     def __init__(self) -> None:
         self.mariadb, self.mail, self.processes = MariaDB(), MailStack(), Processes()
+        self.names = NameServers(PRIMARY_DOMAIN, ("ns1",))
         self.url = ""
         self.credentials = ("", "")
         self._started = time.perf_counter()
@@ -55,11 +58,17 @@ class Demo:
         (base / "policy.key").chmod(0o600)
         self.mail.auth_policy = {"url": f"{self.url}/dovecot/auth-policy", "key": key}
         self.mail.start(self.mariadb)
-        self.credentials = asyncio.run(_with(self.mariadb.url("api"), _prepare))
+        self.credentials = asyncio.run(_with(self.mariadb.url("api"), self._prepare))
         create_signing_key(base / "keys")
         create_request_key(base / "keys")
         create_link_key(base / "keys/link.key")
+        self.elsewhere = Sink(self.processes, self.mail.relay_port)
+        self.elsewhere.start()
+        dns_file = base / "dns.toml"
+        dns_file.touch(mode=0o600)
+        dns_file.write_text(f"[main]\n{self.names.publisher}")
         shared = {"WAKE_DIRECTORY": str(base), "LOG_LEVEL": "warning", "PYTHONPATH": str(Path.cwd())}
+        shared |= {"DNS_RESOLVERS": self.names.address, "DNS_PORT": str(self.names.port)}
         links = {"LINK_KEY_FILE": str(base / "keys/link.key"), "PUBLIC_URL": self.url}
         command = [sys.executable, "-m", "app.cli.main"]
         self.processes.start(
@@ -89,6 +98,7 @@ class Demo:
             POSTFIX_VIRTUAL_ALIASES=self.mail.virtual_aliases_map,
             ALIASES_DIRECTORY=str(self.mail.aliases),
             DOVECOT_CONFIG=str(self.mail.dovecot_config),
+            HOST_FILE=str(write_host_file(self.mail)),
         )
         self.processes.start(
             [*command, "service"],
@@ -96,9 +106,19 @@ class Demo:
             **links,
             DATABASE_URL=self.mariadb.url("service"),
             SMTP_PORT=str(self.mail.settings.service_port),
+            RETURNS_MAILDIR=str(self.mail.returns),
+            DNS_FILE=str(dns_file),
             AUDIT_HEAD_FILE=str(base / "audit-heads"),
         )
         self._wait_for_api()
+
+    async def _prepare(self, database: Database) -> tuple[str, str]:
+        async with database.write.begin() as connection:
+            change = Change(connection, Actor("cacert-mail", "", "demo"), utc_now())
+            await create_domain(change, PRIMARY_DOMAIN, DomainKind.PRIMARY)
+            await create_host(change, HOST)
+            await change_host(change, HOST, {"settings": self.mail.settings.model_dump(mode="json")})
+            return await create_principal(change, "Demo", Role.PRIMARY)
 
     def _wait_for_api(self) -> None:
         deadline = time.monotonic() + 20
@@ -115,6 +135,7 @@ class Demo:
     def close(self) -> None:
         self.processes.close()
         self.mail.close()
+        self.names.close()
         self.mariadb.close()
 
     def line(self, text: str) -> None:
@@ -129,14 +150,6 @@ async def _with(url: str, function: Callable[[Database], Any]) -> Any:
         return await function(database)
     finally:
         await database.close()
-
-
-async def _prepare(database: Database) -> tuple[str, str]:
-    async with database.write.begin() as connection:
-        change = Change(connection, Actor("cacert-mail", "", "demo"), utc_now())
-        await create_domain(change, PRIMARY_DOMAIN, DomainKind.PRIMARY)
-        await create_host(change, HOST)
-        return await create_principal(change, "Demo", Role.PRIMARY)
 
 
 def expect(true: bool, otherwise: str) -> None:

@@ -11,18 +11,14 @@ from app.mailconfig.hosts import DATABASE, RECIPIENT_DELIMITER, HostFile, HostSe
 from app.mailconfig.rendering import ConfigFile, render
 
 
-def render_dovecot(
-    settings: HostSettings, file: HostFile, primary_domain: DomainName, *, extra: str = ""
-) -> dict[str, ConfigFile]:
-    """Every file of the configuration directory by its name. `extra` is Dovecot's own syntax, put last, where it
-    overrides; the tests use it, production never."""
+def render_dovecot(settings: HostSettings, file: HostFile, primary_domain: DomainName) -> dict[str, ConfigFile]:
+    """Every file of the configuration directory by its name, but for `local.conf`, which is the administrator's."""
     main = render(
         "dovecot23/dovecot.conf",
         settings=settings,
         file=file,
         primary_domain=primary_domain,
         recipient_delimiter=RECIPIENT_DELIMITER,
-        extra=extra,
     )
     sql = render("dovecot23/dovecot-sql.conf.ext", file=file, database=DATABASE)
     files = {"dovecot.conf": ConfigFile(main), "dovecot-sql.conf.ext": ConfigFile(sql, mode=0o600)}

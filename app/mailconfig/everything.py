@@ -15,15 +15,12 @@ from app.mailconfig.rendering import ConfigFile
 from app.mailconfig.rspamd import render_rspamd
 
 
-def render_all(
-    settings: HostSettings, file: HostFile, primary_domain: DomainName, *, extra: str = ""
-) -> dict[Path, ConfigFile]:
-    """By absolute path; `extra` is `render_dovecot`'s. Raises HostFileError, with a sentence, when the certificate or what
-    `srs` needs is not there."""
+def render_all(settings: HostSettings, file: HostFile, primary_domain: DomainName) -> dict[Path, ConfigFile]:
+    """By absolute path. Raises HostFileError, with a sentence, when the certificate or what `srs` needs is not there."""
     check_certificate(file)
     directories = {
         file.postfix_config_dir: render_postfix(settings, file, primary_domain),
-        file.dovecot_config_dir: render_dovecot(settings, file, primary_domain, extra=extra),
+        file.dovecot_config_dir: render_dovecot(settings, file, primary_domain),
         file.rspamd_config_dir: render_rspamd(settings, file),
     }
     files = {directory / name: made for directory, named in directories.items() for name, made in named.items()}

@@ -63,7 +63,6 @@ STEPS = {
 def stack(mariadb: MariaDB) -> Iterator[MailStack]:
     """One of our own, whose configuration the worker looks after."""
     mail = MailStack()
-    mail.extra = ""
     mail.start(mariadb)
     yield mail
     mail.close()

@@ -15,7 +15,7 @@ from tests.stack.mail import make_certificates, write
 DOMAIN = DomainName("cacert.test")
 
 
-def render(directory: Path, settings: HostSettings | None = None, extra: str = "", **file: Any) -> str:
+def render(directory: Path, settings: HostSettings | None = None, **file: Any) -> str:
     """Writes the configuration and returns what `doveconf -n` understood. Any warning fails."""
     make_certificates(directory, names=["mail.cacert.test"])
     paths = {
@@ -24,7 +24,7 @@ def render(directory: Path, settings: HostSettings | None = None, extra: str = "
         "dovecot_config_dir": directory,
     }
     rendered = HostFile(**{**MINIMAL, **paths, **file})
-    write(render_dovecot(settings or HostSettings(), rendered, DOMAIN, extra=extra), directory)
+    write(render_dovecot(settings or HostSettings(), rendered, DOMAIN), directory)
     done = subprocess.run(
         ["doveconf", "-n", "-c", directory / "dovecot.conf"], capture_output=True, text=True, check=False
     )
@@ -59,10 +59,11 @@ def test_no_password_in_the_clear(tmp_path: Path) -> None:
     assert value(tmp_path, *names) == ["required", "yes", "TLSv1.2", ""]
 
 
-def test_what_speeds_up_tests_is_not_in_production(tmp_path: Path) -> None:
+def test_the_administrators_own_file_has_the_last_word(tmp_path: Path) -> None:
     render(tmp_path)
     assert value(tmp_path, "auth_failure_delay", "mail_fsync") == ["2 secs", "optimized"]
-    render(tmp_path, extra="auth_failure_delay = 0\n")
+    (tmp_path / "local.conf").write_text("auth_failure_delay = 0\n")
+    render(tmp_path)
     assert value(tmp_path, "auth_failure_delay") == ["0"]
 
 

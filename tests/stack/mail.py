@@ -54,9 +54,6 @@ class MailStack:
     """One mail host on loopback. `start` wants a MariaDB that has its schema and grants, made by the migrations; `close` ends
     it."""
 
-    extra = _TEST_ONLY
-    """Beyond what a host gets."""
-
     auth_policy: Mapping[str, str] = {}
     """`auth_policy_url` and `auth_policy_key` of the host's file."""
 
@@ -167,8 +164,9 @@ class MailStack:
         }
         self.start_policy()  # the slowest
         make_certificates(base, names=[self.file.hostname, "localhost"])
-        for path, file in render_all(settings, self.file, PRIMARY_DOMAIN, extra=self.extra).items():
+        for path, file in render_all(settings, self.file, PRIMARY_DOMAIN).items():
             write({path.name: file}, path.parent)
+        (self.file.dovecot_config_dir / "local.conf").write_text(_TEST_ONLY)
         self.start_rspamd()
         check = subprocess.Popen(  # makes the queue's directories; 0.12 s, so beside the rest
             ["postfix", "-c", self.postfix_config, "check"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -67,11 +67,11 @@ class NameServers:
     address = SERVERS["ns1"]
     tsig = Tsig("publisher", b64encode(token_bytes(32)).decode())
 
-    def __init__(self, zone: str, names: Sequence[str] = tuple(SERVERS)) -> None:
+    def __init__(self, zone: str, names: Sequence[str] = tuple(SERVERS), port: int | None = None) -> None:
         self.zone = zone
         self._text = _zone(names)
         self.processes = Processes()
-        (self.port,) = free_ports(1)
+        self.port = port or free_ports(1)[0]
         self.running = {name: self._start(name) for name in names}
 
     def _start(self, name: str) -> subprocess.Popen[bytes]:

@@ -46,7 +46,9 @@ async def sync_mailhost(host: Host, subject_id: int) -> Outcome:
     if broken:
         raise TryAgain("; ".join(broken))
     files = {"result": "ok", "detail": f"{len(wanted.files)} files are as rendered"}
-    return Outcome(wanted.version, True, {"files": files, **proofs}, {"changed": done})
+    return Outcome(
+        wanted.version, True, {"files": files, **proofs}, {"changed": done, "hostname": wanted.file.hostname}
+    )
 
 
 async def _reload(wanted: Wanted) -> None:
