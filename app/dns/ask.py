@@ -4,8 +4,8 @@ SECURITY: whatever a name server answers was written by a stranger; it is compar
 """
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dns.asyncresolver
@@ -38,6 +38,8 @@ class Answer:
     values: tuple[str, ...] | None
     """Empty: it says that there is no such record. None: it did not say."""
     problem: str | None = None
+    referred: bool = False
+    """It said that the name lies in a zone of its own, below the one that was asked for."""
 
 
 class DnsUnclear(Exception):
@@ -73,19 +75,33 @@ async def find_zone(domain: str, settings: DnsSettings) -> str:
 
 
 async def ask_all(servers: Sequence[Server], name: str, kind: str, settings: DnsSettings) -> list[Answer]:
-    """What each of them answers, asked at once; by TCP when the answer is long. Never raises."""
-    return list(await asyncio.gather(*(_ask(server, name, kind, settings) for server in servers)))
+    """What each of them answers, asked at once; by TCP when the answer is long. Never raises.
+
+    Where all of them know the name only as part of a zone of its own (`_domainkey` is often one), the servers of that zone are
+    asked instead.
+    """
+    answers = list(await asyncio.gather(*(_ask(server, name, kind, settings) for server in servers)))
+    if answers and all(answer.referred for answer in answers):
+        try:
+            below = await find_servers(name, settings)
+        except DnsUnclear as error:
+            return [replace(answer, problem=str(error)) for answer in answers]
+        answers = list(await asyncio.gather(*(_ask(server, name, kind, settings) for server in below)))
+    return answers
 
 
-def all_say(answers: Sequence[Answer], values: Sequence[str]) -> str | None:
-    """None when every server answers with exactly these values; otherwise which one does not, in a sentence."""
+def all_say(
+    answers: Sequence[Answer], values: Sequence[str], canonical: Callable[[str], str] = lambda value: value
+) -> str | None:
+    """None when every server answers with these values, which are the same if their `canonical` forms are; otherwise which one
+    does not, in a sentence."""
     if not answers:
         return "There is no name server to ask."
-    wanted = tuple(sorted(values))
+    wanted = sorted(map(canonical, values))
     for answer in answers:
         if answer.values is None:
             return f"{answer.server.name} ({answer.server.address}) did not answer: {answer.problem}"
-        if answer.values != wanted:
+        if sorted(map(canonical, answer.values)) != wanted:
             found = "; ".join(answer.values)[:MOST] or "no such record"
             return f"{answer.server.name} ({answer.server.address}) answers: {found}"
     return None
@@ -129,10 +145,12 @@ async def _ask(server: Server, name: str, kind: str, settings: DnsSettings) -> A
         return Answer(server, ())
     if code != dns.rcode.NOERROR:
         return Answer(server, None, f"it says {dns.rcode.to_text(code)}")
-    if not response.flags & dns.flags.AA:
-        return Answer(server, None, "it is not responsible for this name")
     kind_wanted = dns.rdatatype.from_text(kind)
     owner = dns.name.from_text(name)
+    if not response.flags & dns.flags.AA:
+        cuts = [rrset.name for rrset in response.authority if rrset.rdtype == dns.rdatatype.NS]
+        referred = any(owner.is_subdomain(cut) for cut in cuts)
+        return Answer(server, None, "it is not responsible for this name", referred=referred)
     values = [
         _value(rdata)
         for rrset in response.answer

@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from app.config import DnsSettings
 from app.dns.ask import Answer, DnsUnclear, Server, all_say, ask_all, find_servers
-from app.dns.records import Wanted, of_purpose
+from app.dns.records import Wanted, canonical, of_purpose
 from app.models.dns_checks import Health
 
 
@@ -47,10 +48,11 @@ async def _judge(
             each if each.values is None else replace(each, values=of_purpose(wanted.purpose, each.values))
             for each in found
         ]
-        problem = all_say(answers, values)
+        same = partial(canonical, wanted.purpose)
+        problem = all_say(answers, values, same)
         if problem is None:
             status = Health.OK
-        elif any(each.values is not None and each.values != tuple(sorted(values)) for each in answers):
+        elif any(each.values is not None and all_say([each], values, same) for each in answers):
             status = Health.WRONG
     record = {
         "purpose": wanted.purpose,

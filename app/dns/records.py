@@ -73,13 +73,18 @@ class Ports:
 
 
 def wanted_records(
-    domain: str, settings: DomainSettings, senders: Sequence[str], keys: Sequence[Record], ports: Ports | None
+    domain: str,
+    settings: DomainSettings,
+    senders: Sequence[str],
+    keys: Sequence[Record],
+    ports: Ports | None,
+    hosts: Sequence[str] = (),
 ) -> list[Wanted]:
     """Of a domain whose mailboxes are here. `senders` are mechanisms of SPF, as RFC 7208 has them; `ports` None: there is no
-    host yet."""
+    host yet. `hosts` are the names by which the mail hosts call themselves: where mail goes if nobody says otherwise."""
     found = []
-    if settings.mx:
-        servers = tuple(Record(domain, "MX", f"{10 * place} {name}.") for place, name in enumerate(settings.mx, 1))
+    if mx := hosts if settings.mx is None else settings.mx:
+        servers = tuple(Record(domain, "MX", f"{10 * place} {name}.") for place, name in enumerate(mx, 1))
         found.append(Wanted("mx", servers))
     found.append(Wanted("spf", (Record(domain, "TXT", " ".join(["v=spf1", "mx", *senders, "-all"])),)))
     found += [Wanted("dkim", (key,)) for key in keys]
@@ -130,6 +135,18 @@ def _services(domain: str, name: str, ports: Ports) -> list[Record]:
         Record(f"_{label}._tcp.{domain}", "SRV", f"{priority} 1 {port} {name}." if port else "0 0 0 .")
         for label, priority, port in offered
     ]
+
+
+def canonical(purpose: str, value: str) -> str:
+    """The same for values that mean the same: of tags (RFC 7489, 8460, 8461) the spaces, a last semicolon and the order of all
+    but the first do not matter; of SPF neither case nor the number of spaces (RFC 7208, section 4.6.1)."""
+    if purpose == "spf":
+        return " ".join(value.lower().split())
+    if purpose not in ("dmarc", "tls-rpt", "mta-sts") or "=" not in value:
+        return value
+    tags = ["=".join(part.strip() for part in tag.split("=", 1)) for tag in value.split(";") if tag.strip()]
+    first, *others = tags
+    return "; ".join([first, *sorted(others)])
 
 
 def of_purpose(purpose: str, values: Sequence[str]) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ class DomainSettings(BaseModel):
     rotate_every_days: Annotated[int, Field(ge=7, le=3650)] | None = None
     """DKIM keys are replaced when they have signed for so long. None: when somebody asks for it."""
     mx: Annotated[list[DomainName], Field(max_length=10)] | None = None
-    """Where mail to the domain goes, the first preferred. None: nothing is said of it."""
+    """Where mail to the domain goes, the first preferred. None: to the mail hosts, by the names that they call themselves.
+    Empty: nothing is said of it."""
     dmarc: Literal["none", "quarantine", "reject"] = "none"
     """What receivers are asked to do with mail that is not ours (RFC 7489)."""
     dmarc_reports: OutsideAddress | None = None

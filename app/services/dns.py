@@ -1,5 +1,6 @@
 """Which DNS records a domain should have, from its settings, senders and DKIM keys."""
 
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Row, select, update
@@ -15,6 +16,8 @@ from app.models.dns_checks import dns_checks
 from app.models.domain_senders import domain_senders
 from app.models.domains import DomainKind, domains
 from app.models.hosts import hosts
+from app.models.jobs import applied
+from app.queue.contracts import THE_HOST, JobKind
 from app.services.audit_events import record_event
 from app.services.changes import Change
 from app.services.dkim_keys import DKIM_KEYS, record_of
@@ -33,7 +36,8 @@ async def read_wanted_records(connection: AsyncConnection, name: DomainName) -> 
     there = (dkim_keys.c.domain_id == domain.id) & (dkim_keys.c.state != DkimState.REMOVED.value)
     rows = await connection.execute(DKIM_KEYS.where(there).order_by(dkim_keys.c.id))
     keys = [record for row in rows if (record := record_of(row)) is not None]
-    return wanted_records(name, domain_settings(domain.settings), senders, keys, await _ports(connection))
+    ports, names = await _ports(connection), await _host_names(connection)
+    return wanted_records(name, domain_settings(domain.settings), senders, keys, ports, names)
 
 
 async def request_publication(change: Change, name: DomainName) -> int:
@@ -66,6 +70,21 @@ async def read_health(connection: AsyncConnection, name: DomainName) -> Row[Any]
     )
     row: Row[Any] | None = (await connection.execute(query)).one_or_none()
     return row
+
+
+async def _host_names(connection: AsyncConnection) -> list[DomainName]:
+    """As each host that is in use reported it with its configuration. What is no name is none."""
+    query = (
+        select(applied.c.result)
+        .join(hosts, hosts.c.name == applied.c.host)
+        .where(hosts.c.enabled, applied.c.kind == JobKind.MAILHOST_SYNC.value, applied.c.subject_id == THE_HOST)
+        .order_by(hosts.c.name)
+    )
+    found = []
+    for result in (await connection.execute(query)).scalars():
+        with suppress(BadAddress):
+            found.append(DomainName(str((result or {}).get("hostname", ""))))
+    return found
 
 
 async def _ports(connection: AsyncConnection) -> Ports | None:

@@ -1,18 +1,27 @@
 """Which records a domain should have, and what real name servers answer."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 
 import dns.zone
 import httpx
 import pytest
 from fastapi import FastAPI
+from pydantic import SecretStr
 
 from app.addresses import DomainName
+from app.config import DnsSettings
+from app.db import Database, utc_now
+from app.dns.ask import all_say, ask_all, find_servers, find_zone
 from app.dns.records import Record
+from app.queue.claim import Outcome
+from app.queue.claim import record as record_applied
+from app.queue.contracts import THE_HOST, JobKind
 from app.workers.service.publishers import Update
-from tests.conftest import PRIMARY
+from tests.conftest import HOST, PRIMARY
 from tests.stack.name_servers import SERVERS, NameServers
+from tests.stack.processes import free_ports
 
 pytestmark = pytest.mark.asyncio
 
@@ -110,6 +119,84 @@ async def test_each_kind_of_record_is_seen_to_be_live(client: httpx.AsyncClient,
         publisher = publisher.model_copy(update={"server": address})
         for each in found["records"]:
             await publisher.replace(DomainName(PRIMARY), each["name"], each["type"], [])
+
+
+@pytest.mark.usefixtures("asking")
+async def test_what_means_the_same_is_the_same(client: httpx.AsyncClient, zone: NameServers) -> None:
+    settings = {"dmarc": "reject", "dmarc_reports": "d@example.net", "tls_reports": "t@example.net"}
+    await client.patch(f"/v1/domains/{PRIMARY}", json={"settings": settings})
+    live = {
+        PRIMARY: "V=SPF1  MX -all",
+        f"_dmarc.{PRIMARY}": "v=DMARC1;rua = mailto:d@example.net;p=reject;",
+        f"_smtp._tls.{PRIMARY}": "v=TLSRPTv1;rua=mailto:t@example.net;",
+    }
+    for server in SERVERS:
+        for name, value in live.items():
+            zone.enter(server, Record(name, "TXT", value), name)
+    found = (await client.get(URL)).json()
+    assert [record["problem"] for record in found["records"]] == [None] * 3
+    assert found["records"][1]["live"][0]["values"] == [live[f"_dmarc.{PRIMARY}"]], "shown as it is"
+    zone.enter("ns2", Record(PRIMARY, "TXT", "v=spf1 mx ?all"), PRIMARY)
+    zone.enter("ns2", Record(f"_dmarc.{PRIMARY}", "TXT", "v=DMARC1; p=reject"), f"_dmarc.{PRIMARY}")
+    zone.enter("ns2", Record(f"_smtp._tls.{PRIMARY}", "TXT", "=;"), f"_smtp._tls.{PRIMARY}")
+    found = (await client.get(URL)).json()
+    assert [record["ok"] for record in found["records"]] == [False] * 3
+    for server in SERVERS:
+        for name in live:
+            zone.enter(server, None, name)
+
+
+async def test_mail_goes_to_the_hosts_unless_somebody_says_otherwise(
+    client: httpx.AsyncClient, worker_database: Database
+) -> None:
+    async def mx() -> list[str]:
+        records = (await client.get(URL)).json()["records"]
+        return next((record["values"] for record in records if record["purpose"] == "mx"), [])
+
+    assert await mx() == [], "no host has reported its name"
+    for hostname, said in (("Mail.Example.net", ["10 mail.example.net."]), ("no name\n", []), (None, [])):
+        async with worker_database.write.begin() as connection:
+            outcome = Outcome(1, True, {}, {"hostname": hostname})
+            await record_applied(connection, HOST, JobKind.MAILHOST_SYNC, THE_HOST, outcome, utc_now())
+        assert await mx() == said
+    async with worker_database.write.begin() as connection:
+        outcome = Outcome(1, True, {}, {"hostname": "mail.example.net"})
+        await record_applied(connection, HOST, JobKind.MAILHOST_SYNC, THE_HOST, outcome, utc_now())
+    await client.patch(f"/v1/domains/{PRIMARY}", json={"settings": {"mx": ["mx.example.net"]}})
+    assert await mx() == ["10 mx.example.net."]
+    await client.patch(f"/v1/domains/{PRIMARY}", json={"settings": {"mx": []}})
+    assert await mx() == []
+    await client.patch(f"/v1/domains/{PRIMARY}", json={"settings": {"mx": None}})
+    await client.patch(f"/v1/hosts/{HOST}", json={"enabled": False})
+    assert await mx() == [], "no mail goes to a host that is out of use"
+
+
+async def test_a_name_in_a_zone_of_its_own_is_asked_there() -> None:
+    """`_domainkey` of other name servers than the rest: the resolver knows both, as a recursive one would."""
+    name = f"s1._domainkey.{PRIMARY}"
+    settings = DnsSettings(
+        database_url=SecretStr("sqlite+aiosqlite:///none.db"),
+        dns_resolvers=f"{SERVERS['ns2']},{SERVERS['ns1']}",
+        dns_port=free_ports(1)[0],
+        dns_seconds=1,
+    )
+    with ExitStack() as stack:
+        below = NameServers(f"_domainkey.{PRIMARY}", ("ns2",), port=settings.dns_port)
+        stack.callback(below.close)
+        above = NameServers(PRIMARY, ("ns1",), port=settings.dns_port)
+        stack.callback(above.close)
+        update = above.update()
+        update.add(f"_domainkey.{PRIMARY}.", 3600, "NS", f"ns2._domainkey.{PRIMARY}.")
+        update.add(f"ns2._domainkey.{PRIMARY}.", 3600, "A", SERVERS["ns2"])
+        above.send("ns1", update)
+        below.enter("ns2", Record(name, "TXT", "v=DKIM1; p="), name)
+        servers = await find_servers(PRIMARY, settings)
+        assert [server.name for server in servers] == [f"ns1.{PRIMARY}"]
+        assert all_say(await ask_all(servers, name, "TXT", settings), ["v=DKIM1; p="]) is None
+        assert await find_zone(name, settings) == f"_domainkey.{PRIMARY}"
+        below.stop("ns2")
+        away = await ask_all(servers, name, "TXT", settings)
+        assert [answer.values for answer in away] == [None]
 
 
 async def test_name_servers_that_cannot_be_found_are_a_problem_and_no_error(client: httpx.AsyncClient) -> None:

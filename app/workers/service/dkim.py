@@ -262,7 +262,7 @@ class Keys:
         if chosen is None:
             raise Waiting(f"DNS_FILE has no publisher {publisher}.")
         try:
-            zone = DomainName(await find_zone(row.domain, self.settings))
+            zone = DomainName(await find_zone(name, self.settings))
             await chosen.replace(zone, name, "TXT", [] if record is None else [record])
         except (PublishFailed, DnsUnclear) as error:
             raise Waiting(str(error)) from None

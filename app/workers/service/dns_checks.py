@@ -134,13 +134,13 @@ class DnsChecks:
             chosen = self.publishers.get(domain_settings(row.settings).publisher or "")
             if chosen is None:
                 raise PublishFailed("DNS_FILE has no publisher of the name that the domain's settings have.")
-            zone = DomainName(await find_zone(row.name, self.settings))
             for each in ours:
                 first = each.records[0]
                 if (first.name, first.type) not in right:
-                    await chosen.replace(zone, first.name, first.type, each.records, purpose=each.purpose)
+                    zone = await find_zone(first.name, self.settings)
+                    await chosen.replace(DomainName(zone), first.name, first.type, each.records, purpose=each.purpose)
             for name, kind in gone:
-                await chosen.replace(zone, name, kind, [])
+                await chosen.replace(DomainName(await find_zone(name, self.settings)), name, kind, [])
         except (PublishFailed, DnsUnclear) as error:
             for record in checked.records:
                 if not record["ok"] and record["purpose"] != "dkim":
