@@ -373,7 +373,8 @@ async def activate_dkim_key(domain: Domain, selector: Key, call: CanWriteDkimKey
     openapi_extra=takes(PREFER, IF_MATCH),
 )
 async def delete_dkim_key(domain: Domain, selector: Key, call: CanWriteDkimKeys) -> Response:
-    """Its record is taken out of the DNS, and its private key off the host. **Never the active one**: rotate instead."""
+    """Its record is taken out of the DNS, and its private key off the host. **Never the active one**: rotate
+    instead. Only where its host is gone for good (not enabled, and silent for an hour) does an active one retire."""
     version = expected_version(call.request)
     await call.write(service.delete_dkim_key, domain, selector, expected_version=version)
     return await _answer(call, domain, selector)

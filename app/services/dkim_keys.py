@@ -42,7 +42,7 @@ from app.queue.enqueue import enqueue
 from app.services.audit_events import record_event
 from app.services.changes import Change
 from app.services.domains import domain_settings, missing_domain, publish_domain
-from app.services.hosts import choose_host
+from app.services.hosts import choose_host, is_gone
 
 NOT_YET_ACTIVE = (DkimState.GENERATING, DkimState.UNPUBLISHED, DkimState.PUBLISHED)
 
@@ -178,13 +178,20 @@ async def activate_dkim_key(
 async def delete_dkim_key(
     change: Change, domain: DomainName, selector: Selector, *, expected_version: int | None = None
 ) -> int:
-    """One that never took over: the service process takes its record away, the host its private half.
+    """One that never took over: the service process takes its record away, the host its private half. An active one of a host
+    that is gone for good retires: mail that it signed may be under way.
 
-    Raises DkimKeySigns for an active one, and DkimStepNotNow for one that is on its way out by itself.
+    Raises DkimKeySigns for any other active one, and DkimStepNotNow for one that is on its way out by itself.
     """
     row = await _lock_key(change, domain, selector, expected_version)
     if row.state == DkimState.ACTIVE:
-        raise DkimKeySigns(f"{selector} signs the mail of {domain}: at no moment may that be unsigned.")
+        if not await is_gone(change.connection, row.host, change.now):
+            raise DkimKeySigns(
+                f"{selector} signs the mail of {domain} on {row.host}: at no moment may that be unsigned. Rotate instead. If"
+                f" {row.host} is gone for good, set enabled to false there, and try again when it was silent for an hour."
+            )
+        await set_dkim_state(change, row, DkimState.RETIRING, verb="delete", activate=False, due_at=change.now)
+        return int(row.id)
     if row.state not in NOT_YET_ACTIVE:
         raise _not_now(row, "It goes by itself.")
     if row.state == DkimState.GENERATING:  # no record of it was ever made
@@ -358,7 +365,7 @@ def next_step(row: Row[Any], publisher: str | None) -> str:
         case DkimState.ACTIVE:
             return "Nothing is left to do: it signs until a rotation replaces it."
         case DkimState.RETIRING if row.applied_version != row.version:
-            return f"The host {row.host} is to say that it signs no more with it; a retention time after that it is revoked."
+            return f"It is revoked a retention time after the host {row.host} said that it signs no more with it."
         case DkimState.RETIRING if publisher:
             return f"{due} it is revoked: the publisher {publisher} empties `p=` in its record."
         case DkimState.RETIRING:

@@ -1,6 +1,7 @@
 """Mail hosts: where mailboxes lie. Each has a worker, which alone writes how it does."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,6 +20,9 @@ from app.queue.enqueue import enqueue
 from app.services.aliases import refuse_outside, touch_all_aliases
 from app.services.audit_events import record_event
 from app.services.changes import Change
+
+GONE = timedelta(hours=1)
+"""So long its worker is silent before a host that is not enabled counts as one that is no more."""
 
 _WITH_STATUS = select(
     hosts,
@@ -114,6 +118,17 @@ async def change_host(
     if enabled and not row.enabled:
         await touch_all_aliases(change)
     return name
+
+
+async def is_gone(connection: AsyncConnection, name: str, now: datetime) -> bool:
+    """It is not enabled, and its worker has been silent for `GONE`: nothing is to be expected of it any more."""
+    query = (
+        select(hosts.c.enabled, func.coalesce(host_status.c.heartbeat_at, hosts.c.created_at).label("heard_at"))
+        .outerjoin(host_status, host_status.c.host == hosts.c.name)
+        .where(hosts.c.name == name)
+    )
+    row = (await connection.execute(query)).one()
+    return not row.enabled and now - row.heard_at >= GONE
 
 
 def _is_without_srs(enabled: bool, settings: Mapping[str, Any]) -> bool:

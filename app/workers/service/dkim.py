@@ -32,6 +32,7 @@ from app.queue.wake import wake
 from app.services.changes import Actor, Change
 from app.services.dkim_keys import DKIM_KEYS, check_public_key, record_of, rotate_dkim_keys, set_dkim_state
 from app.services.domains import domain_settings
+from app.services.hosts import is_gone
 from app.workers.service.probes import Probes, is_signed, probe_address, read_probe, send_probe
 from app.workers.service.publishers import Publisher, PublishFailed, load_publishers
 
@@ -174,7 +175,7 @@ class Keys:
                 await self._publish(row, record_of(row))
                 raise Waiting
             case DkimState.RETIRING if row.due_at <= now:
-                self._check_signs_no_more(row, now)
+                await self._check_signs_no_more(row, now)
                 revoked = Record(dkim_name(row.selector, row.domain), "TXT", f"v=DKIM1; k={_family(row)}; p=")
                 await self._publish(row, revoked)
                 return await self._set(row, DkimState.REVOKED, due_at=now + self._retention)
@@ -210,11 +211,15 @@ class Keys:
             raise Waiting("No probe has come back yet whose signature verifies.")
         raise Waiting
 
-    def _check_signs_no_more(self, row: Row[Any], now: datetime) -> None:
+    async def _check_signs_no_more(self, row: Row[Any], now: datetime) -> None:
         """Raises Waiting as long as mail that the host signed with it may be on its way: whoever gets it needs the record."""
+        since = row.applied_at
         if row.applied_version != row.version or (row.proofs or {}).get("signing", {}).get("result") != "ok":
-            raise Waiting(f"The host {row.host} has not said yet that it signs no more with it.")
-        if now < row.applied_at + self._retention:
+            async with self.database.read.connect() as connection:
+                if not await is_gone(connection, row.host, now):
+                    raise Waiting(f"The host {row.host} has not said yet that it signs no more with it.")
+            since = row.retiring_at
+        if now < since + self._retention:
             raise Waiting
 
     async def _take_over(self, row: Row[Any], now: datetime) -> None:

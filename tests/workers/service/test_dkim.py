@@ -16,20 +16,22 @@ from sqlalchemy import insert, select, update
 from app.config import ServiceSettings
 from app.db import Database
 from app.dns.records import Record, dkim_record
+from app.errors import DkimKeySigns
 from app.models.audit_events import audit_events
 from app.models.dkim_keys import Algorithm, dkim_keys
+from app.models.hosts import host_status
 from app.models.jobs import applied, jobs
 from app.services.changes import Change
 from app.services.dkim_keys import DKIM_KEYS, create_dkim_key, delete_dkim_key, rotate_dkim_keys
 from app.services.domains import change_domain
+from app.services.hosts import change_host
 from app.workers.service.dkim import Keys
 from app.workers.service.publishers import PublishersUnusable, load_publishers
-from tests.conftest import ACTOR, PRIMARY, Clock, TestDatabase
+from tests.conftest import ACTOR, HOST, PRIMARY, Clock, TestDatabase
 from tests.stack.name_servers import NameServers
 
 pytestmark = pytest.mark.asyncio
 
-HOST = "mail"
 DAYS = timedelta(days=7)
 
 
@@ -234,6 +236,50 @@ async def test_one_that_is_deleted_leaves_nothing(site: Site, zone: NameServers)
     for server in ("ns1", "ns2"):
         zone.enter(server, None, record(row).name)
     await site.service()
+    assert await site.state(key) == "removed"
+
+
+async def test_the_key_of_a_host_that_is_gone_goes_too(site: Site, zone: NameServers) -> None:
+    key = await made(site)
+    row = await site.row(key)
+    for server in ("ns1", "ns2"):
+        zone.enter(server, record(row), record(row).name)
+    await site.service()
+    await site.host(key)
+    await site.prove(key)
+    beat = {"host": HOST, "heartbeat_at": site.clock(), "started_at": site.clock(), "release": "1"}
+    async with site.databases["worker"].write.begin() as connection:
+        await connection.execute(insert(host_status).values(**beat))
+
+    async def is_refused() -> bool:
+        try:
+            await site.do(delete_dkim_key, PRIMARY, row.selector)
+        except DkimKeySigns:
+            return True
+        return False
+
+    site.clock.forward(hours=2)
+    assert await is_refused(), "it is enabled, so it will be back"
+    site.clock.forward(hours=-2)
+    await site.do(change_host, HOST, {"enabled": False})
+    assert await is_refused(), "it was heard a moment ago"
+    site.clock.forward(hours=2)
+    assert not await is_refused()
+    assert await site.state(key) == "retiring"
+    await site.service()
+    assert ((await site.row(key)).state, (await site.row(key)).problem) == ("retiring", None), "its mail is under way"
+    await site.service(later=DAYS)
+    assert "answers: v=DKIM1" in (await site.row(key)).problem, (
+        "the record is to be emptied, without a word of the host"
+    )
+    revoked = Record(record(row).name, "TXT", "v=DKIM1; k=ed25519; p=")
+    for server in ("ns1", "ns2"):
+        zone.enter(server, revoked, revoked.name)
+    await site.service()
+    assert await site.state(key) == "revoked"
+    for server in ("ns1", "ns2"):
+        zone.enter(server, None, revoked.name)
+    await site.service(later=DAYS)
     assert await site.state(key) == "removed"
 
 
