@@ -135,7 +135,7 @@ async def test_differences_are_said_in_words_and_mended(host: Host, settings: Wo
     stack.dovecot_config.chmod(0o666)
     local = stack.dovecot_config.with_name("local.conf")
     kept_local = local.read_text()
-    local.write_text("auth_failure_delay = 3 secs\n")
+    local.write_text(f"{kept_local}# mine\n")  # without its anvil a reload crashes Dovecot 2.3.19
     dirty = await asyncio.to_thread(command, settings, "check")
     assert (dirty.returncode, dirty.stderr) == (1, "")
     assert dirty.stdout.splitlines() == [
@@ -147,7 +147,7 @@ async def test_differences_are_said_in_words_and_mended(host: Host, settings: Wo
     done = await asyncio.to_thread(command, settings, "install")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{main} was written." in done.stdout
-    assert local.read_text() == "auth_failure_delay = 3 secs\n", "the administrator's own"
+    assert local.read_text() == f"{kept_local}# mine\n", "the administrator's own"
     local.write_text(kept_local)
     assert main.read_text() == right
     assert (await asyncio.to_thread(command, settings, "check")).returncode == 0
@@ -189,7 +189,7 @@ async def test_a_changed_setting_reaches_the_programs(host: Host, api: Database,
         certificate(stack.settings.pop3s_port)
     before = {path: path.stat().st_mtime_ns for path in stack.postfix_config.iterdir()}
     again = await sync_mailhost(host, THE_HOST)
-    assert again.result == {"changed": []}
+    assert again.result["changed"] == []
     assert {path: path.stat().st_mtime_ns for path in stack.postfix_config.iterdir()} == before
     await patch(api, message_size_limit=None, pop3_enabled=None)
     await sync_mailhost(host, THE_HOST)
@@ -222,7 +222,7 @@ async def test_cut_off_before_the_programs_were_told(
             await sync_mailhost(host, THE_HOST)
     assert size_limit(stack) == stack.settings.message_size_limit
     outcome = await sync_mailhost(host, THE_HOST)
-    assert outcome.result == {"changed": []}
+    assert outcome.result["changed"] == []
     assert size_limit(stack) == 2_000_000
 
 
@@ -286,7 +286,7 @@ async def test_srs_by_a_setting(host: Host, api: Database, mariadb: MariaDB, sta
     with pytest.raises(GiveUp, match="postsrsd does not do SRS"):
         await sync_mailhost(host, THE_HOST)
     await asyncio.to_thread(stack.start_postsrsd)
-    assert (await sync_mailhost(host, THE_HOST)).result == {"changed": []}
+    assert (await sync_mailhost(host, THE_HOST)).result["changed"] == []
     with pytest.raises(SrsNeeded):
         await patch(api, srs=False)
     mariadb.sql("DELETE FROM alias_destinations", "owner")
