@@ -37,6 +37,7 @@ from app.routers import (
     summaries,
     tokens,
     users,
+    webmail,
     well_known,
 )
 from app.web import docs, reset_page
@@ -79,6 +80,7 @@ _TAGS = [
         "Which role may do what stands at the top of this page.",
     },
     {"name": "Audit", "description": "Who changed what, or tried to."},
+    {"name": "Webmail", "description": "What a webmail needs of an account."},
     {"name": "Me", "description": "Who am I."},
     {"name": "Tokens", "description": "OAuth 2.0 client credentials."},
     {"name": "Health", "description": "For supervisors."},
@@ -195,6 +197,7 @@ def build_app(settings: ApiSettings | None = None, **options: Any) -> FastAPI:
         principals,
         owner_tokens,
         me,
+        webmail,
         tokens,
         health,
         well_known,

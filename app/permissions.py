@@ -47,6 +47,8 @@ class Permission(StrEnum):
     LOCKOUTS_READ = "lockouts:read"
     LOCKOUTS_WRITE = "lockouts:write"
     AUDIT_READ = "audit:read"
+    IDENTITIES_READ = "identities:read"
+    """What a webmail needs of any account whose owner signs in there."""
 
 
 class Role(StrEnum):
@@ -82,7 +84,7 @@ ROLE_PERMISSIONS: dict[Role, frozenset[Permission]] = {
             _P.JOBS_READ,
         }
     ),
-    Role.WEBMAIL: frozenset({_P.PASSWORDS_CHANGE, _P.OWNER_TOKENS_WRITE}),
+    Role.WEBMAIL: frozenset({_P.PASSWORDS_CHANGE, _P.OWNER_TOKENS_WRITE, _P.IDENTITIES_READ}),
     Role.OWNER: frozenset(
         {
             _P.USERS_READ,

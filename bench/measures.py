@@ -78,7 +78,7 @@ def measure_http(system: System, names: Collection[str], sizes: Sizes) -> dict[s
             taken["hello"].append((base, 1.0))
             for name in names:
                 load = _load(name, system, api, sizes.seconds, database)
-                measured = load.run().only(202 if name == "post" else 200)
+                measured = load.run().only({"post": 202, "not-modified": 304}.get(name, 200))
                 taken[name].append((measured, measured.rate / base.rate))
                 if name == "post":
                     system.shrink()
@@ -104,6 +104,12 @@ def _load(name: str, system: System, api: Api, seconds: float, database: int) ->
     elif name == "list":
         starts = [number.randint(0, system.accounts - PAGE - 1) for _ in range(1000)]
         requests = [api.request("GET", f"/v1/users?limit={PAGE}&cursor={_cursor(start)}") for start in starts]
+    elif name == "identities":
+        addresses = [system.address(number.randint(1, system.accounts)) for _ in range(20_000)]
+        requests = [api.request("GET", f"/v1/webmail/{address}/identities") for address in addresses]
+    elif name == "not-modified":
+        paths = [f"/v1/webmail/{system.address(each)}/identities" for each in range(1, 201)]
+        requests = [api.request("GET", path, **{"If-None-Match": api.tag(path)}) for path in paths]
     else:
         requests = [api.request("POST", "/v1/users", new_user(system)) for _ in range(int(seconds * 5000))]
     return Load(api.port, requests, seconds, once=name == "post", pids={"api": api.pid, "database": database})

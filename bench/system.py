@@ -14,6 +14,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from app.addresses import DomainName, MailAddress
 from app.cli.db import upgrade_database
 from app.credentials.links import create_link_key
@@ -254,6 +256,11 @@ class Api:
         self.port = port
         self.pid = pid
         self.token = token
+
+    def tag(self, path: str) -> str:
+        """The ETag of what is there."""
+        with httpx.Client(base_url=f"http://127.0.0.1:{self.port}", trust_env=False) as client:
+            return client.get(path, headers={"Authorization": f"Bearer {self.token}"}).headers["ETag"]
 
     def request(self, method: str, path: str, body: object = None, **headers: str) -> bytes:
         lines = [f"{method} {path} HTTP/1.1", f"Host: 127.0.0.1:{self.port}", f"Authorization: Bearer {self.token}"]

@@ -55,6 +55,7 @@ CanReadJobs = Annotated[Call, Depends(Needs(Permission.JOBS_READ))]
 CanReadLockouts = Annotated[Call, Depends(Needs(Permission.LOCKOUTS_READ))]
 CanWriteLockouts = Annotated[Call, Depends(Needs(Permission.LOCKOUTS_WRITE))]
 CanReadAudit = Annotated[Call, Depends(Needs(Permission.AUDIT_READ, owners=True))]
+CanReadIdentities = Annotated[Call, Depends(Needs(Permission.IDENTITIES_READ))]
 CanRetryJobs = Annotated[Call, Depends(Needs(Permission.JOBS_RETRY))]
 
 

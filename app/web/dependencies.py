@@ -7,7 +7,7 @@ import asyncio
 import os
 import random
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from app.services.changes import Actor, Change
 from app.web.authentication import Authenticator
 from app.web.idempotency import idempotency_key, once, request_hash
 from app.web.problems import WrongMediaType
+from app.web.recent import Recent
 from app.web.throttle import Throttle
 from app.web.waiting import JobWaiter
 
@@ -56,6 +57,7 @@ class Service:
     policy_networks: Networks
     link_key: bytes
     clock: Clock
+    recent_identities: Recent = field(default_factory=Recent)
 
     @property
     def retention(self) -> timedelta:

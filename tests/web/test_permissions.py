@@ -88,6 +88,7 @@ WHO: dict[tuple[str, str], tuple[str, str]] = {
     ("DELETE", "/v1/lockouts/{lockout}"): (Permission.LOCKOUTS_WRITE, ""),
     # Public only as far as principals go: it wants a secret of its own, see tests/routers/test_auth_policy.py.
     ("POST", "/dovecot/auth-policy"): (PUBLIC_ROUTES, ""),
+    ("GET", "/v1/webmail/{address}/identities"): (Permission.IDENTITIES_READ, "auditor webmail"),
     ("GET", "/v1/me"): (ANY_CLIENT, "limited auditor website webmail owner"),
     ("POST", "/oauth/token"): (PUBLIC_ROUTES, ""),
     ("GET", "/.well-known/jwks.json"): (PUBLIC_ROUTES, ""),
