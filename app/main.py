@@ -176,6 +176,7 @@ def build_app(settings: ApiSettings | None = None, **options: Any) -> FastAPI:
     )
     install(app)
     for module in (  # the busiest first: they are looked through in this order
+        webmail,
         users,
         auth_policy,
         summaries,
@@ -197,7 +198,6 @@ def build_app(settings: ApiSettings | None = None, **options: Any) -> FastAPI:
         principals,
         owner_tokens,
         me,
-        webmail,
         tokens,
         health,
         well_known,

@@ -12,7 +12,8 @@ from app.models.aliases import AliasKind, aliases, sender_rules
 from app.models.domains import DomainKind, domains
 from app.models.users import UserState, users
 
-_senders = table("postfix_senders", column("address"), column("login"))
+SENDERS = table("postfix_senders", column("address"), column("login"))
+"""The view."""
 
 
 class Reason(StrEnum):
@@ -39,21 +40,25 @@ class Verdict:
 
 async def list_send_as(connection: AsyncConnection, login: MailAddress) -> list[tuple[str, Reason]]:
     """What this login may send as: itself first, then its aliases. Nothing while it is suspended or not ready."""
-    query = select(_senders.c.address).where(_senders.c.login == login)
+    query = select(SENDERS.c.address).where(SENDERS.c.login == login)
     found = sorted((await connection.execute(query)).scalars(), key=lambda address: (address != login, address))
-    return [(address, Reason.OWN if address == login else Reason.DESIGNATED) for address in found]
+    return [(address, as_reason(address, login)) for address in found]
+
+
+def as_reason(address: str, login: str) -> Reason:
+    return Reason.OWN if address == login else Reason.DESIGNATED
 
 
 async def list_senders(connection: AsyncConnection, address: MailAddress) -> list[str]:
     """The logins that may send as this address."""
-    query = select(_senders.c.login).where(_senders.c.address == address).order_by(_senders.c.login)
+    query = select(SENDERS.c.login).where(SENDERS.c.address == address).order_by(SENDERS.c.login)
     return list((await connection.execute(query)).scalars())
 
 
 async def judge_sender(connection: AsyncConnection, login: MailAddress, sender: OutsideAddress) -> Verdict:
     """Whether Postfix takes `sender` from `login`, in the envelope and in From. An extension (`+list`) changes nothing."""
     plain = without_extension(sender)
-    query = select(_senders.c.login).where(_senders.c.address == plain, _senders.c.login == login)
+    query = select(SENDERS.c.login).where(SENDERS.c.address == plain, SENDERS.c.login == login)
     if (await connection.execute(query)).first() is not None:
         if plain == login:
             return Verdict(True, Reason.OWN, f"{plain} is the account itself.")
