@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import and_, bindparam, null, select, union_all
+from sqlalchemy import BindParameter, and_, bindparam, null, select, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.addresses import MailAddress
@@ -11,7 +11,7 @@ from app.models.addresses import AddressKind, addresses
 from app.models.users import users
 from app.services.senders import SENDERS, as_reason
 
-_ADDRESS = bindparam("address")
+_ADDRESS: BindParameter[str] = bindparam("address")
 _IDENTITIES = union_all(  # one question: this is read more often than anything else
     select(users.c.address, users.c.display_name, users.c.quota_bytes)
     .join(addresses, and_(addresses.c.subject_id == users.c.id, addresses.c.kind == AddressKind.USER))
