@@ -28,9 +28,7 @@ from app.services.hosts import effective_settings
 
 async def read_wanted_records(connection: AsyncConnection, name: DomainName) -> list[Wanted]:
     """Raises NotFound and DomainIsRelay."""
-    domain = await get_domain(connection, name)
-    if domain.kind == DomainKind.RELAY:
-        raise DomainIsRelay(f"{name} is a relay domain: the host that has its mailboxes answers for its DNS.")
+    domain = await _our_domain(connection, name)
     query = select(domain_senders).where(domain_senders.c.domain_id == domain.id).order_by(domain_senders.c.id)
     senders = [mechanism(row.kind, row.value) for row in await connection.execute(query)]
     there = (dkim_keys.c.domain_id == domain.id) & (dkim_keys.c.state != DkimState.REMOVED.value)
@@ -45,9 +43,7 @@ async def request_publication(change: Change, name: DomainName) -> int:
 
     Raises NotFound, DomainIsRelay, NoPublisher.
     """
-    domain = await get_domain(change.connection, name)
-    if domain.kind == DomainKind.RELAY:
-        raise DomainIsRelay(f"{name} is a relay domain: the host that has its mailboxes answers for its DNS.")
+    domain = await _our_domain(change.connection, name)
     publisher = domain_settings(domain.settings).publisher
     if publisher is None:
         raise NoPublisher(f"{name} has no publisher.")
@@ -60,9 +56,7 @@ async def request_publication(change: Change, name: DomainName) -> int:
 
 async def read_health(connection: AsyncConnection, name: DomainName) -> Row[Any] | None:
     """What was seen last; None: nothing yet. Raises NotFound and DomainIsRelay."""
-    domain = await get_domain(connection, name)
-    if domain.kind == DomainKind.RELAY:
-        raise DomainIsRelay(f"{name} is a relay domain: the host that has its mailboxes answers for its DNS.")
+    domain = await _our_domain(connection, name)
     query = (
         select(dns_checks, (dns_checks.c.published_version < domains.c.publish_version).label("publishing"))
         .join(domains, domains.c.id == dns_checks.c.domain_id)
@@ -70,6 +64,14 @@ async def read_health(connection: AsyncConnection, name: DomainName) -> Row[Any]
     )
     row: Row[Any] | None = (await connection.execute(query)).one_or_none()
     return row
+
+
+async def _our_domain(connection: AsyncConnection, name: DomainName) -> Row[Any]:
+    """One whose mailboxes are here. Raises NotFound and DomainIsRelay."""
+    domain: Row[Any] = await get_domain(connection, name)
+    if domain.kind == DomainKind.RELAY:
+        raise DomainIsRelay(f"{name} is a relay domain: the host that has its mailboxes answers for its DNS.")
+    return domain
 
 
 async def _host_names(connection: AsyncConnection) -> list[DomainName]:
@@ -128,7 +130,6 @@ async def read_autoconfig(connection: AsyncConnection, host: str, address: str) 
 async def _settings_of(connection: AsyncConnection, text: str) -> DomainSettings | None:
     """None for what is no domain whose mailboxes are here."""
     try:
-        row = await get_domain(connection, DomainName(text))
-    except (BadAddress, NotFound):
+        return domain_settings((await _our_domain(connection, DomainName(text))).settings)
+    except (BadAddress, NotFound, DomainIsRelay):
         return None
-    return None if row.kind == DomainKind.RELAY else domain_settings(row.settings)

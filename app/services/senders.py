@@ -1,5 +1,6 @@
 """Who may send as what, and why. The answer is that of the view which Postfix and the policy process read."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -41,12 +42,13 @@ class Verdict:
 async def list_send_as(connection: AsyncConnection, login: MailAddress) -> list[tuple[str, Reason]]:
     """What this login may send as: itself first, then its aliases. Nothing while it is suspended or not ready."""
     query = select(SENDERS.c.address).where(SENDERS.c.login == login)
-    found = sorted((await connection.execute(query)).scalars(), key=lambda address: (address != login, address))
-    return [(address, as_reason(address, login)) for address in found]
+    return with_reasons(login, (await connection.execute(query)).scalars())
 
 
-def as_reason(address: str, login: str) -> Reason:
-    return Reason.OWN if address == login else Reason.DESIGNATED
+def with_reasons(login: str, found: Iterable[str]) -> list[tuple[str, Reason]]:
+    """Of what the view has for this login; itself first."""
+    ordered = sorted(found, key=lambda address: (address != login, address))
+    return [(address, Reason.OWN if address == login else Reason.DESIGNATED) for address in ordered]
 
 
 async def list_senders(connection: AsyncConnection, address: MailAddress) -> list[str]:

@@ -9,7 +9,7 @@ from app.addresses import MailAddress
 from app.errors import NotFound
 from app.models.addresses import AddressKind, addresses
 from app.models.users import users
-from app.services.senders import SENDERS, as_reason
+from app.services.senders import SENDERS, with_reasons
 
 _ADDRESS: BindParameter[str] = bindparam("address")
 _IDENTITIES = union_all(  # one question: this is read more often than anything else
@@ -26,10 +26,10 @@ async def read_identities(connection: AsyncConnection, address: MailAddress) -> 
     account = next((row for row in rows if row[1] is not None), None)
     if account is None:
         raise NotFound(f"There is no account {address}.")
-    found = sorted((row[0] for row in rows if row[1] is None), key=lambda each: (each != address, each))
+    found = with_reasons(address, (row[0] for row in rows if row[1] is None))
     return {
         "address": address,
         "display_name": account[1],
         "quota_bytes": account[2],
-        "identities": [{"address": each, "reason": as_reason(each, address)} for each in found],
+        "identities": [{"address": each, "reason": reason} for each, reason in found],
     }

@@ -17,7 +17,7 @@ from sqlalchemy import Row, and_, or_, select, update
 
 from app.addresses import DomainName
 from app.config import ServiceSettings
-from app.db import Clock, Database, end_tasks
+from app.db import Clock, Database
 from app.dns.ask import DnsUnclear, Server, all_say, ask_all, find_servers, find_zone
 from app.dns.records import Record, dkim_name
 from app.errors import CacertMailError, RotationUnderWay, VersionConflict
@@ -35,6 +35,7 @@ from app.services.domains import domain_settings
 from app.services.hosts import is_gone
 from app.workers.service.probes import Probes, is_signed, probe_address, read_probe, send_probe
 from app.workers.service.publishers import Publisher, PublishFailed, load_publishers
+from app.workers.service.rounds import Rounds
 
 BATCH = 50
 """Jobs of one round: each only says which domain to look at."""
@@ -74,22 +75,7 @@ class Keys:
         self._retention = timedelta(days=settings.dkim_retention_days)
         self._watch = timedelta(seconds=settings.dns_watch_seconds)
         self._servers: dict[str, tuple[datetime, list[Server]]] = {}
-        self._task: asyncio.Task[None] | None = None
-
-    def begin_round(self) -> None:
-        """Beside the service's loop, which a name server that does not answer must not hold up. One at a time."""
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._guarded())
-
-    async def close(self) -> None:
-        if self._task is not None:
-            await end_tasks(self._task)
-
-    async def _guarded(self) -> None:
-        try:
-            await self.round()
-        except Exception as error:  # the next round tries again; the loop beside says when the database is away
-            log.warning("dkim_round_failed", kind=type(error).__name__, error=str(error)[:200])
+        self.rounds = Rounds(self.round, "dkim_round_failed")
 
     async def round(self) -> None:
         now = self._clock()

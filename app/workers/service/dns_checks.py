@@ -11,17 +11,17 @@ from sqlalchemy.exc import IntegrityError
 
 from app.addresses import DomainName
 from app.config import ServiceSettings
-from app.db import Clock, Database, end_tasks
+from app.db import Clock, Database
 from app.dns.ask import DnsUnclear, find_zone
 from app.dns.checks import Checked, check_records
 from app.dns.records import Wanted
 from app.errors import CacertMailError
-from app.log import log
 from app.models.dns_checks import Health, dns_checks
 from app.models.domains import DomainKind, domains
 from app.services.dns import read_wanted_records
 from app.services.domains import domain_settings
 from app.workers.service.publishers import Publisher, PublishFailed, load_publishers
+from app.workers.service.rounds import Rounds
 
 STEADY = timedelta(minutes=10)
 WRONG = timedelta(minutes=1)
@@ -32,7 +32,7 @@ BATCH = 100
 
 
 class DnsChecks:
-    """One round at a time, beside the service's loop, which a slow name server must not hold up."""
+    """All domains, one round after another."""
 
     def __init__(self, database: Database, settings: ServiceSettings, clock: Clock) -> None:
         self.database = database
@@ -40,25 +40,11 @@ class DnsChecks:
         self._clock = clock
         self.publishers: Mapping[str, Publisher] = load_publishers(settings.dns_file)
         self._asked: set[int] = set()
-        self._task: asyncio.Task[None] | None = None
+        self.rounds = Rounds(self.round, "dns_round_failed")
 
     def ask(self, domain_id: int) -> None:
         """Its turn comes in the next round."""
         self._asked.add(domain_id)
-
-    def begin_round(self) -> None:
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._guarded())
-
-    async def close(self) -> None:
-        if self._task is not None:
-            await end_tasks(self._task)
-
-    async def _guarded(self) -> None:
-        try:
-            await self.round()
-        except Exception as error:  # the next round tries again; the loop beside says when the database is away
-            log.warning("dns_round_failed", kind=type(error).__name__, error=str(error)[:200])
 
     async def round(self) -> None:
         asked, self._asked = self._asked, set()

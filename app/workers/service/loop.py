@@ -59,8 +59,8 @@ async def run_service(settings: ServiceSettings, *, clock: Clock = utc_now) -> N
         while not stopping.is_set():
             try:
                 more = await parts.round(stopping)
-                parts.keys.begin_round()
-                parts.checks.begin_round()
+                parts.keys.rounds.begin()
+                parts.checks.rounds.begin()
             except Exception as error:  # whatever it is, the next round tries again
                 more = False
                 if not is_lost(error):
@@ -76,8 +76,8 @@ async def run_service(settings: ServiceSettings, *, clock: Clock = utc_now) -> N
                 await listener.wait(settings.poll_seconds * (0.75 + random.random() / 2))  # noqa: S311  spreads polls
     finally:
         stopped.cancel()
-        await parts.keys.close()
-        await parts.checks.close()
+        await parts.keys.rounds.close()
+        await parts.checks.rounds.close()
         listener.close()
         await database.close()
         log.info("service_stopped")
